@@ -1,0 +1,47 @@
+"""A-shape: the first keys and a local window; nothing is estimated."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.patterns.base import BandChoice, Limits, Pattern, SelectRequest
+
+__all__ = ["AShape"]
+
+
+class AShape(Pattern):
+    """Keep the first ``first`` (sink) visible keys and the last ``second`` (local) distances.
+
+    Source: MInference 1.0, section 3.1; StreamingLLM.
+    """
+
+    name = "a_shape"
+    config_name = "stream_llm"
+    number = 1
+    component = "band"
+
+    def default(self) -> HeadPattern:
+        return HeadPattern(self.name, 128, 3968)
+
+    def limits(self, head: HeadPattern, block_q: int, block_k: int) -> Limits:
+        return Limits(columns=head.first, distances=head.second)
+
+    def from_budget(self, budget: float, num_keys: int, block_q: int) -> HeadPattern:
+        tokens = max(1, round(budget * num_keys / 2))
+        sink = min(128, tokens // 4)
+        return HeadPattern(self.name, sink, max(1, tokens - sink))
+
+    def choose(self, request: SelectRequest) -> BandChoice:
+        device = request.q.device
+        batch, _, num_q, _ = request.q.shape
+        keys = torch.arange(request.k.shape[2], device=device)
+        kv_start = request.rows[:, 3].long()[:, None, None]
+        sink = request.first[None, :, None]
+        columns = (keys >= kv_start) & (keys < kv_start + sink)
+        distance = torch.arange(request.geometry.distance_size(num_q), device=device)
+        local = distance < request.second[:, None].clamp(min=1)
+        return BandChoice(columns, local.expand(batch, -1, -1))
+
+    def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
+        return min(1.0, 2 * (head.first + head.second + block_q) / num_keys)

@@ -1,0 +1,138 @@
+"""What a pattern is: two numbers a head, an estimator, a cost, and how it lowers to the index."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from sparse_compiler.ir.index import Geometry
+from sparse_compiler.ir.pattern import HeadPattern
+
+__all__ = ["BandChoice", "BlockChoice", "Limits", "Pattern", "SelectRequest"]
+
+Probe = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one head may put into each list; -1 is no limit.
+
+    Args:
+        columns: single keys.
+        distances: distances from the diagonal.
+        blocks: key blocks per row block.
+    """
+
+    columns: int = 0
+    distances: int = 0
+    blocks: int = 0
+
+    def join(self, other: Limits) -> Limits:
+        """The smallest limits that serve both."""
+
+        def most(a: int, b: int) -> int:
+            return -1 if a < 0 or b < 0 else max(a, b)
+
+        return Limits(
+            most(self.columns, other.columns),
+            most(self.distances, other.distances),
+            most(self.blocks, other.blocks),
+        )
+
+
+@dataclass(frozen=True)
+class SelectRequest:
+    """Everything an estimator may look at, for the S heads that hold slots of its component.
+
+    Args:
+        q: [B, Hq, Lq, D].  k: [B, Hkv, Lk, D].
+        summary: [B, Hkv, key blocks, D] mean of each key block's visible keys, or no blocks at all.
+        heads: int64 [S], the query head of each slot.
+        first, second: int64 [S], the patterns' numbers.
+        geometry: band of the mask and blocking.
+        rows: int32 [B, 5] (q_start, q_len, q_offset, kv_start, kv_len).
+        key_mask: bool [B, Lk] or None.
+        scale: of the scores.
+        limits: host-side bounds of what may be listed.
+        probe: ``(heads, first_row, num_rows) -> (columns, distances)``, see ``Executor.probe``.
+    """
+
+    q: Tensor
+    k: Tensor
+    summary: Tensor
+    heads: Tensor
+    first: Tensor
+    second: Tensor
+    geometry: Geometry
+    rows: Tensor
+    key_mask: Tensor | None
+    scale: float
+    limits: Limits
+    probe: Probe
+
+
+@dataclass(frozen=True)
+class BandChoice:
+    """Columns and distances to keep.
+
+    Args:
+        columns: bool [B, S, Lk], keys kept as columns.
+        distances: bool [B, S, X], distances position - key kept.
+    """
+
+    columns: Tensor
+    distances: Tensor
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """Key blocks to keep, bool [B, T, row blocks, key blocks]."""
+
+    blocks: Tensor
+
+
+class Pattern(ABC):
+    """The plug-in unit: one subclass, one file, one test.
+
+    Attributes:
+        name: unique; the value of the option ``pattern``.
+        config_name: its name in the published per-head format, or None.
+        number: id stored in the parameter tensor; unique among registered patterns.
+        component: ``band`` or ``blocks``, the part of the index that it fills.
+        needs_causal: True if it makes sense for causal masks only.
+        reads_summary: True if it reads the means of key blocks.
+    """
+
+    name: str
+    config_name: str | None = None
+    number: int
+    component: Literal["band", "blocks"]
+    needs_causal: bool = True
+    reads_summary: bool = False
+
+    @abstractmethod
+    def default(self) -> HeadPattern:
+        """Numbers for a head about which nothing is known."""
+
+    @abstractmethod
+    def limits(self, head: HeadPattern, block_q: int, block_k: int) -> Limits:
+        """Host-side bounds for one head with these numbers and this blocking."""
+
+    @abstractmethod
+    def from_budget(self, budget: float, num_keys: int, block_q: int) -> HeadPattern:
+        """Numbers whose computed pairs come near ``budget`` of the causal pairs of ``num_keys``.
+
+        ``block_q``: rows of a row block, which share what any of them keeps.
+        """
+
+    @abstractmethod
+    def choose(self, request: SelectRequest) -> BandChoice | BlockChoice:
+        """Estimate what matters; no host synchronisation, fixed shapes."""
+
+    @abstractmethod
+    def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
+        """Expected share of the causal pairs computed for ``num_keys`` tokens, an upper bound."""
