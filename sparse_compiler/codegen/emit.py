@@ -1,0 +1,80 @@
+"""Spec -> complete, readable Triton source; pure, so that the same spec gives the same bytes."""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from sparse_compiler.codegen.spec import KernelSpec
+
+__all__ = ["FORMAT", "PLAIN_SIZES", "emit"]
+
+#: Changes whenever a template's meaning does; part of every header.
+FORMAT = 1
+
+#: Sizes that kernels take as ordinary arguments: a new length must not compile a new kernel.
+PLAIN_SIZES = {
+    "attend.py.jinja": (
+        "num_heads",
+        "num_q",
+        "num_k",
+        "left",
+        "right",
+        "band_slots",
+        "block_slots",
+        "full_size",
+        "edge_size",
+        "columns_size",
+        "distances_size",
+        "blocks_size",
+    ),
+    "probe.py.jinja": (
+        "num_slots",
+        "num_probed",
+        "num_q",
+        "num_k",
+        "left",
+        "right",
+        "chunks",
+        "distances_size",
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    return Environment(
+        loader=loader,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def emit(spec: KernelSpec) -> str:
+    """The Python source of the module that holds ``spec``'s kernels.
+
+    Raises:
+        jinja2.UndefinedError: the template names something that it was not given.
+        SyntaxError: the rendered text is not Python; a bug of the template.
+    """
+    text = (
+        _environment()
+        .get_template(spec.template)
+        .render(
+            spec=spec,
+            version=f"format {FORMAT}",
+            summary=spec.describe(),
+            precision=f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
+            steps="steps" if spec.interpret else "tl.range",
+            plain_sizes=PLAIN_SIZES[spec.template],
+        )
+    )
+    ast.parse(text)
+    return text

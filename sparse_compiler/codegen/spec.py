@@ -1,0 +1,126 @@
+"""What a kernel's text depends on, and nothing else: the key under which its source is emitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+__all__ = ["DTYPES", "AttendSpec", "KernelSpec", "ProbeSpec", "power_of_two"]
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """What every kernel's text depends on.
+
+    Args:
+        dtype: of q, k and v; a name in ``DTYPES``.
+        head_dim: D, 16..256; padded to a power of two inside the kernel.
+        groups: query heads per key head.
+        causal: keys after ``position + right`` are hidden.  window: so are those before
+            ``position - left``; both sizes are run-time arguments.
+        key_mask: a padding mask is read.
+        num_warps, num_stages: Triton's launch options.
+        precision: of float32 products, Triton's ``input_precision``.
+        interpret: written for Triton's interpreter: products in float32, since NumPy has no bf16.
+    """
+
+    dtype: str
+    head_dim: int
+    groups: int
+    causal: bool = True
+    window: bool = False
+    key_mask: bool = False
+    num_warps: int = 4
+    num_stages: int = 2
+    interpret: bool = False
+    precision: str = "tf32x3"
+
+    @property
+    def head_pad(self) -> int:
+        return power_of_two(self.head_dim)
+
+    @property
+    def template(self) -> str:
+        """File name of the template below ``codegen/templates``."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """All fields on a few lines, for the header of the generated file."""
+        pairs = [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+        lines, line = [], "Spec:"
+        for pair in pairs:
+            if len(line) + len(pair) > 94:
+                lines.append(line)
+                line = "     "
+            line += " " + pair
+        return "\n".join([*lines, line])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendSpec(KernelSpec):
+    """The kernel of ``attend``: all heads of a layer, whatever their patterns, in one launch.
+
+    Args:
+        value_dim: Dv, 16..256.
+        block_q, block_k: M and N, powers of two from 16.
+        has_band, has_blocks: the kinds of work that the index can hold.
+        softcap: logits are capped; the cap itself is an argument.
+        tma: tiles come through tensor descriptors; else through pointers.
+        step_k: keys of one step: N or, where a whole tile needs too much memory, a part of it.
+    """
+
+    value_dim: int
+    block_q: int = 64
+    block_k: int = 64
+    has_band: bool = True
+    has_blocks: bool = False
+    softcap: bool = False
+    tma: bool = False
+    step_k: int = 64
+
+    @property
+    def value_pad(self) -> int:
+        return power_of_two(self.value_dim)
+
+    @property
+    def copies(self) -> int:
+        """Copies of an index vector that give every thread of the program one element."""
+        return max(1, 32 * self.num_warps // self.step_k)
+
+    @property
+    def parts(self) -> int:
+        """Steps of one tile."""
+        return self.block_k // self.step_k
+
+    @property
+    def template(self) -> str:
+        return "attend.py.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSpec(KernelSpec):
+    """The three kernels of ``probe``: row statistics by chunk, their combination, the sums.
+
+    Args:
+        num_rows: probe rows; padded to a power of two from 16, R.
+        block_k: keys in a tile, a power of two, at least R.
+        tiles: tiles in a chunk, the keys of one program.
+    """
+
+    num_rows: int = 64
+    block_k: int = 64
+    tiles: int = 32
+
+    @property
+    def rows_pad(self) -> int:
+        return max(16, power_of_two(self.num_rows))
+
+    @property
+    def template(self) -> str:
+        return "probe.py.jinja"

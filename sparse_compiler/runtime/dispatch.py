@@ -1,0 +1,251 @@
+"""Implements the operators of ``ops``: picks the executor, decides sparse or dense, keeps statistics.
+
+Importing this module installs the implementations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compiler import ops
+from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInvalid
+from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.patterns.base import Limits, SelectRequest
+from sparse_compiler.runtime import recorder, select
+from sparse_compiler.runtime.dense import attend_dense
+from sparse_compiler.runtime.executor import Executor, Problem
+from sparse_compiler.runtime.registry import executor_for
+
+__all__ = ["attend", "select_keys", "stays_dense", "summarize_keys"]
+
+
+def _executor(name: str, q: Tensor, k: Tensor, value_dim: int, softcap: float) -> Executor:
+    problem = Problem(
+        device_type=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        value_dim=value_dim,
+        groups=q.shape[1] // max(1, k.shape[1]),
+        softcap=softcap,
+    )
+    executor = executor_for(name, q.device.type)
+    obstacles = executor.obstacles(problem)
+    if obstacles:
+        raise ExecutorUnavailable(
+            f"executor {executor.name!r}",
+            "able to run this attention",
+            "; ".join(obstacles),
+            fix="Choose executor='auto', or keep this model dense with pattern='dense'.",
+        )
+    return executor
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    rows: Tensor | None,
+    key_mask: Tensor | None,
+    heads: int,
+) -> None:
+    """Host-side checks only: ranks, sizes, dtypes and devices."""
+    tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise ShapeMismatch(name, "of rank 4, [B, heads, L, D]", tuple(tensor.shape))
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise TensorInvalid(
+                name, f"{q.dtype} on {q.device} like q", f"{tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.dtype.is_floating_point:
+            raise TensorInvalid(name, "of a floating-point dtype", tensor.dtype)
+    batch, num_heads, _, dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != dim:
+        raise ShapeMismatch("k", f"[{batch}, Hkv, Lk, {dim}] to fit q", tuple(k.shape))
+    if k.shape[1] == 0 or num_heads % k.shape[1]:
+        raise ShapeMismatch(
+            "heads of q", f"a multiple of the {k.shape[1]} heads of k", num_heads, where="q, k"
+        )
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ShapeMismatch("v", f"{tuple(k.shape[:3])} + [Dv] to fit k", tuple(v.shape))
+    _check_rows(rows, key_mask, batch, k.shape[2])
+    if heads != num_heads:
+        raise ShapeMismatch("parameters", f"one row for each of {num_heads} query heads", heads)
+
+
+def _check_rows(rows: Tensor | None, key_mask: Tensor | None, batch: int, num_k: int) -> None:
+    if rows is not None:
+        if rows.dtype != torch.int32:
+            raise TensorInvalid("rows", "int32", rows.dtype)
+        if tuple(rows.shape) != (batch, 5):
+            raise ShapeMismatch("rows", f"[{batch}, 5], one row per batch entry", tuple(rows.shape))
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TensorInvalid("key_mask", "bool, True where a key is visible", key_mask.dtype)
+        if tuple(key_mask.shape) != (batch, num_k):
+            raise ShapeMismatch("key_mask", f"[{batch}, {num_k}]", tuple(key_mask.shape))
+
+
+def stays_dense(num_q: int, num_k: int, min_tokens: int, executor: Executor) -> bool:
+    """Whether a call of these sizes is answered by dense attention."""
+    return num_k < min_tokens or num_q < min(executor.min_queries, max(2, min_tokens))
+
+
+def summarize_keys(
+    k: Tensor,
+    rows: Tensor | None,
+    key_mask: Tensor | None,
+    block_k: int,
+    pattern_ids: list[int],
+    budget: float,
+    min_tokens: int,
+    executor: str,
+    site: int,
+) -> Tensor:
+    """``sparse_compiler::summarize_keys``, see ``ops``."""
+    if k.dim() != 4:
+        raise ShapeMismatch("k", "of rank 4, [B, heads, L, D]", tuple(k.shape))
+    _check_rows(rows, key_mask, k.shape[0], k.shape[2])
+    if not pattern_ids or k.shape[2] < min_tokens or budget >= 1:
+        return k.new_zeros(ops.summary_shape(k.shape, block_k, pattern_ids))
+    if rows is None:
+        rows = select.default_rows(k.shape[0], 0, k.shape[2], 0, key_mask, k.device)
+    return select.summarize(k, rows, key_mask, block_k)
+
+
+def select_keys(
+    q: Tensor,
+    k: Tensor,
+    summary: Tensor,
+    params: Tensor,
+    rows: Tensor | None,
+    key_mask: Tensor | None,
+    q_offset: int,
+    left: int,
+    right: int,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    pattern_ids: list[int],
+    num_slots: list[int],
+    limits: list[int],
+    budget: float,
+    min_tokens: int,
+    executor: str,
+    site: int,
+) -> tuple[Tensor, ...]:
+    """``sparse_compiler::select``, see ``ops``."""
+    _check(q, k, None, rows, key_mask, params.shape[0])
+    geometry = Geometry(q_offset, left, right, block_q, block_k)
+    runner = _executor(executor, q, k, q.shape[3], 0.0)
+    num_q, num_k = q.shape[2], k.shape[2]
+    if stays_dense(num_q, num_k, min_tokens, runner) or q.numel() == 0 or k.numel() == 0:
+        return select.empty_index(q, k, params, geometry, num_slots, limits).tensors()
+    if rows is None:
+        rows = select.default_rows(q.shape[0], num_q, num_k, q_offset, key_mask, q.device)
+    band_rows = rows
+
+    def probe(heads: Tensor, first_row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        return runner.probe(
+            q,
+            k,
+            heads,
+            first_row,
+            geometry,
+            scale=scale,
+            rows=band_rows,
+            key_mask=key_mask,
+            num_rows=num_rows,
+        )
+
+    none = torch.zeros(0, dtype=torch.int64, device=q.device)
+    request = SelectRequest(
+        q=q,
+        k=k,
+        summary=summary,
+        heads=none,
+        first=none,
+        second=none,
+        geometry=geometry,
+        rows=rows,
+        key_mask=key_mask,
+        scale=scale,
+        limits=Limits(*limits),
+        probe=probe,
+    )
+    with recorder.timed(site, q.device) as record:
+        index = select.select_index(request, params, pattern_ids, num_slots, limits, budget)
+        record(index, geometry, rows, num_q, num_k)
+    return index.tensors()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    full: Tensor,
+    num_full: Tensor,
+    edge: Tensor,
+    edge_len: Tensor,
+    num_edge: Tensor,
+    columns: Tensor,
+    num_columns: Tensor,
+    covered: Tensor,
+    blocks: Tensor,
+    num_blocks: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    key_mask: Tensor | None,
+    q_offset: int,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    block_q: int,
+    block_k: int,
+    budget: float,
+    min_tokens: int,
+    executor: str,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    """``sparse_compiler::attend``, see ``ops``."""
+    _check(q, k, v, rows, key_mask, slots.shape[0])
+    runner = _executor(executor, q, k, v.shape[3], softcap)
+    geometry = Geometry(q_offset, left, right, block_q, block_k)
+    num_q, num_k = q.shape[2], k.shape[2]
+    if q.numel() == 0 or k.numel() == 0:
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        return out, q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    keywords: dict[str, Any] = {"scale": scale, "softcap": softcap, "key_mask": key_mask}
+    if rows is None:
+        keywords["rows"] = select.default_rows(
+            q.shape[0], num_q, num_k, q_offset, key_mask, q.device
+        )
+    else:
+        keywords["rows"] = rows
+    if stays_dense(num_q, num_k, min_tokens, runner):
+        out, lse = attend_dense(runner, q, k, v, geometry, plain_rows=rows is None, **keywords)
+    else:
+        index = AttentionIndex(
+            full,
+            num_full,
+            edge,
+            edge_len,
+            num_edge,
+            columns,
+            num_columns,
+            covered,
+            blocks,
+            num_blocks,
+            slots,
+        )
+        out, lse = runner.attend(q, k, v, index, geometry, **keywords)
+    return out.contiguous(), lse.contiguous()
+
+
+ops.set_implementation("summarize_keys", summarize_keys)
+ops.set_implementation("select", select_keys)
+ops.set_implementation("attend", attend)

@@ -1,0 +1,106 @@
+"""What an executor is: two primitives over the index, and what it can and cannot do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.ir.pattern import HeadPattern
+
+__all__ = ["Executor", "Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Static facts about one attention, enough to say whether an executor takes it.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``.
+        dtype: of q, k and v.
+        head_dim, value_dim: D and Dv.
+        groups: query heads per key head.
+        softcap: 0 for none.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    groups: int
+    softcap: float = 0.0
+
+
+class Executor(ABC):
+    """Runs the two steps of sparse attention; stateless, registered by name.
+
+    Attributes:
+        name: the value of the option ``executor``.
+        block_q, block_k: row and key blocks it wants an index for.
+        min_tokens: length below which dense attention is expected to win, used by
+            ``min_tokens="auto"``.
+        min_queries: fewer query rows than this in one call stay dense.
+        auto: the zero-config pattern of a causal head, as rich as this executor can afford: a
+            scattered distance costs it ``block_q`` pairs a row block, a column one
+            (docs/design/0005-zero-config.md).
+    """
+
+    name: str
+    block_q: int
+    block_k: int
+    min_tokens: int
+    min_queries: int
+    auto: HeadPattern
+
+    @abstractmethod
+    def obstacles(self, problem: Problem) -> list[str]:
+        """Every reason why this executor cannot take ``problem``; empty if it can."""
+
+    @abstractmethod
+    def probe(
+        self,
+        q: Tensor,
+        k: Tensor,
+        heads: Tensor,
+        first_row: Tensor,
+        geometry: Geometry,
+        *,
+        scale: float,
+        rows: Tensor,
+        key_mask: Tensor | None,
+        num_rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of a few query rows, summed by column and by distance.
+
+        Args:
+            q: [B, Hq, Lq, D].  k: [B, Hkv, Lk, D].
+            heads: int64 [S] query heads to probe.
+            first_row: int64 [B] address of the first of ``num_rows`` consecutive probe rows; rows
+                outside the batch entry's q_start..q_start+q_len (or negative) count for nothing.
+            geometry: the mask's band; ``rows`` int32 [B, 5] and ``key_mask`` as in ``ops``.
+            num_rows: probe rows R (64).
+        Returns:
+            float32 columns [B, S, Lk]: sum over the rows of softmax(scale * q kᵀ) at each key;
+            float32 distances [B, S, X]: the same summed over pairs with position - key = distance,
+            X = geometry.distance_size(Lq). Masked pairs are 0.
+        Source: MInference 1.0, section 3.2.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: AttentionIndex,
+        geometry: Geometry,
+        *,
+        scale: float,
+        softcap: float,
+        rows: Tensor,
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the index; arguments and results as ``attend_reference``."""

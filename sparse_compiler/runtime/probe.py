@@ -1,0 +1,77 @@
+"""The probe in plain PyTorch: attention of a few rows, summed by column and by distance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_compiler.ir.index import Geometry
+
+__all__ = ["probe_torch"]
+
+
+def probe_torch(
+    q: Tensor,
+    k: Tensor,
+    heads: Tensor,
+    first_row: Tensor,
+    geometry: Geometry,
+    *,
+    scale: float,
+    rows: Tensor,
+    key_mask: Tensor | None,
+    num_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """See ``Executor.probe``; one head at a time, so memory is num_rows x Lk per batch entry.
+
+    Reads ``heads`` on the host: for the CPU and the oracle.
+    """
+    batch, num_q, num_k = q.shape[0], q.shape[2], k.shape[2]
+    groups = q.shape[1] // k.shape[1]
+    device = q.device
+    row = first_row[:, None] + torch.arange(num_rows, device=device)
+    start, length, offset, kv_start, kv_len = (c[:, None].long() for c in rows.unbind(1))
+    real = (row >= start) & (row < start + length) & (row >= 0) & (row < num_q)
+    position = row + offset
+    key = torch.arange(num_k, device=device)
+    seen = real[..., None] & (key >= kv_start[..., None]) & (key < (kv_start + kv_len)[..., None])
+    if geometry.right >= 0:
+        seen &= key <= position[..., None] + geometry.right
+    if geometry.left >= 0:
+        seen &= key >= position[..., None] - geometry.left
+    if key_mask is not None:
+        seen &= key_mask[:, None]
+    taken = row.clamp(0, max(0, num_q - 1))[:, None, :, None]
+    probes = q.gather(2, taken.expand(-1, q.shape[1], -1, q.shape[3]))
+    size = geometry.distance_size(num_q)
+    columns, distances = [], []
+    for head in heads.tolist():
+        queries, keys = probes[:, head].float(), k[:, head // groups].float()
+        scores = torch.matmul(queries, keys.transpose(-1, -2)) * scale
+        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+        # A row that sees nothing gives NaN by softmax and must count for nothing; a NaN score of a
+        # row that sees something stays.
+        weights = torch.where(seen, weights, 0.0)
+        columns.append(weights.sum(1))
+        distances.append(_diagonal_sums(weights, position[:, 0], size))
+    if not columns:
+        empty = torch.zeros(batch, 0, device=device)
+        return empty[..., None].expand(-1, -1, num_k), empty[..., None].expand(-1, -1, size)
+    return torch.stack(columns, 1), torch.stack(distances, 1)
+
+
+def _diagonal_sums(weights: Tensor, first_position: Tensor, size: int) -> Tensor:
+    """Sum over row + t, key j with first_position + t - j = distance: [B, R, Lk] -> [B, size]."""
+    batch, num_rows, num_k = weights.shape
+    width = num_k + num_rows
+    # Row t of the reversed keys, shifted by t: pairs of equal distance share a column.
+    sheared = weights.new_zeros(batch, num_rows * width)
+    view = sheared.as_strided(
+        (batch, num_rows, num_k), (num_rows * width, width + 1, 1), sheared.storage_offset()
+    )
+    view.copy_(weights.flip(-1))
+    totals = sheared.view(batch, num_rows, width).sum(1)
+    distance = torch.arange(size, device=weights.device)
+    place = distance - (first_position[:, None] - num_k + 1)
+    inside = (place >= 0) & (place < width)
+    return torch.where(inside, totals.gather(1, place.clamp(0, width - 1)), 0.0)

@@ -1,0 +1,193 @@
+"""Summaries and indices: runs the patterns' estimators and lowers their choices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparse_compiler import ops
+from sparse_compiler.ir.index import INDEX_FIELDS, AttentionIndex, Geometry
+from sparse_compiler.patterns import lowering, registry
+from sparse_compiler.patterns.base import BandChoice, BlockChoice, Pattern, SelectRequest
+from sparse_compiler.patterns.block_sparse import block_relation
+
+__all__ = ["default_rows", "empty_index", "full_index", "select_index", "summarize"]
+
+
+def default_rows(
+    batch: int, num_q: int, num_k: int, q_offset: int, key_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """The ``rows`` tensor of a plain or padded batch, int32 [B, 5]; no host synchronisation.
+
+    With ``key_mask`` the key range is the span from its first to its last visible key; holes in
+    between stay hidden by the mask itself.
+    """
+    rows = torch.empty(batch, 5, dtype=torch.int32, device=device)
+    for column, value in enumerate((0, num_q, q_offset, 0, num_k)):
+        rows[:, column].fill_(value)
+    if key_mask is not None:
+        visible = key_mask.to(torch.uint8)
+        first = visible.argmax(-1)
+        last = num_k - visible.flip(-1).argmax(-1)
+        rows[:, 3] = first.to(torch.int32)
+        rows[:, 4] = torch.where(key_mask.any(-1), last - first, 0).to(torch.int32)
+    return rows
+
+
+def summarize(k: Tensor, rows: Tensor, key_mask: Tensor | None, block_k: int) -> Tensor:
+    """Mean of the visible keys of each key block, [B, Hkv, key blocks, D] in k.dtype.
+
+    A block without a visible key gets 0; selection never ranks it.
+    """
+    batch, heads, num_k, dim = k.shape
+    blocks = -(-num_k // block_k)
+    key = torch.arange(num_k, device=k.device)
+    start, length = rows[:, 3, None], rows[:, 4, None]
+    visible = (key >= start) & (key < start + length)
+    if key_mask is not None:
+        visible = visible & key_mask
+    pad = blocks * block_k - num_k
+    weight = torch.nn.functional.pad(visible, (0, pad)).view(batch, 1, blocks, block_k, 1)
+    keys = torch.nn.functional.pad(k, (0, 0, 0, pad)).view(batch, heads, blocks, block_k, dim)
+    total = torch.where(weight, keys, 0).sum(3, dtype=torch.float32)
+    return (total / weight.sum(3).clamp(min=1)).to(k.dtype)
+
+
+def _slot_heads(params: Tensor, column: int, num_slots: int) -> Tensor:
+    """The query head that holds each slot, int64 [num_slots]; inverts a column of ``params``."""
+    slots = params[:, column].long()
+    heads = torch.arange(params.shape[0], device=params.device)
+    place = torch.where(slots >= 0, slots, num_slots)
+    return torch.zeros(num_slots + 1, dtype=torch.int64, device=params.device).scatter_(
+        0, place, heads
+    )[:num_slots]
+
+
+def _numbers(
+    pattern: Pattern, params: Tensor, heads: Tensor, budget: float, num_k: int, block_q: int
+) -> tuple[Tensor, Tensor]:
+    if budget < 0:
+        return params[:, 1].long()[heads], params[:, 2].long()[heads]
+    head = pattern.from_budget(budget, num_k, block_q)
+    return torch.full_like(heads, head.first), torch.full_like(heads, head.second)
+
+
+def _index(*tensors: Tensor) -> AttentionIndex:
+    """An index from its tensors in the order of ``INDEX_FIELDS``."""
+    return AttentionIndex(**dict(zip(INDEX_FIELDS, tensors, strict=True)))
+
+
+def select_index(
+    request: SelectRequest,
+    params: Tensor,
+    pattern_ids: list[int],
+    num_slots: list[int],
+    limits: list[int],
+    budget: float,
+) -> AttentionIndex:
+    """Estimate and lower for all heads of a layer.
+
+    Args:
+        request: with ``heads``, ``first`` and ``second`` still to be filled per component.
+        params, pattern_ids, num_slots, limits, budget: as in ``ops``.
+    """
+    geometry, q, k = request.geometry, request.q, request.k
+    num_q, num_k = q.shape[2], k.shape[2]
+    if budget >= 1:
+        return full_index(
+            q, k, params[:, 3:5], request.rows, request.key_mask, geometry, num_slots, limits
+        )
+    sizes = ops.capacities(
+        num_q, num_k, geometry.q_offset, geometry.block_q, geometry.block_k, limits
+    )
+    patterns = [registry.by_number(number) for number in pattern_ids]
+    columns = torch.zeros(q.shape[0], num_slots[0], num_k, dtype=torch.bool, device=q.device)
+    distances = torch.zeros(
+        q.shape[0], num_slots[0], geometry.distance_size(num_q), dtype=torch.bool, device=q.device
+    )
+    blocks = torch.zeros(
+        q.shape[0],
+        num_slots[1],
+        geometry.num_row_blocks(num_q),
+        geometry.num_key_blocks(num_k),
+        dtype=torch.bool,
+        device=q.device,
+    )
+    for pattern in patterns:
+        band = pattern.component == "band"
+        heads = _slot_heads(params, 3 if band else 4, num_slots[0 if band else 1])
+        if heads.shape[0] == 0:
+            continue
+        first, second = _numbers(pattern, params, heads, budget, num_k, geometry.block_q)
+        choice = pattern.choose(replace(request, heads=heads, first=first, second=second))
+        mine = (params[:, 0].long()[heads] == pattern.number)[:, None]
+        if isinstance(choice, BandChoice):
+            columns |= choice.columns & mine
+            distances |= choice.distances & mine
+        elif isinstance(choice, BlockChoice):
+            blocks |= choice.blocks & mine[..., None]
+    # Every row keeps its own position, whatever a plug-in chose.
+    distances[..., 0] = True
+    if request.key_mask is not None:
+        columns &= request.key_mask[:, None]
+    band = lowering.lower_band(columns, distances, geometry, (sizes[0], sizes[1], sizes[2]))
+    listed = lowering.lower_blocks(blocks, sizes[4])
+    return _index(*band, *listed, params[:, 3:5].contiguous())
+
+
+def full_index(
+    q: Tensor,
+    k: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    key_mask: Tensor | None,
+    geometry: Geometry,
+    num_slots: list[int],
+    limits: list[int],
+) -> AttentionIndex:
+    """The index that covers every pair which the mask allows."""
+    batch, num_q, num_k = q.shape[0], q.shape[2], k.shape[2]
+    sizes = ops.capacities(
+        num_q, num_k, geometry.q_offset, geometry.block_q, geometry.block_k, limits
+    )
+    columns = torch.zeros(batch, num_slots[0], num_k, dtype=torch.bool, device=q.device)
+    distances = torch.ones(
+        batch, num_slots[0], geometry.distance_size(num_q), dtype=torch.bool, device=q.device
+    )
+    visible, _ = block_relation(geometry, num_q, num_k, rows, key_mask)
+    blocks = visible[:, None].expand(-1, num_slots[1], -1, -1)
+    band = lowering.lower_band(columns, distances, geometry, (sizes[0], sizes[1], sizes[2]))
+    listed = lowering.lower_blocks(blocks, sizes[4])
+    return _index(*band, *listed, slots.contiguous())
+
+
+def empty_index(
+    q: Tensor,
+    k: Tensor,
+    params: Tensor,
+    geometry: Geometry,
+    num_slots: list[int],
+    limits: list[int],
+) -> AttentionIndex:
+    """Lists of the promised shapes with nothing in them, for calls that stay dense."""
+    shapes = ops.index_shapes(
+        q.shape[0],
+        q.shape[1],
+        q.shape[2],
+        k.shape[2],
+        geometry.q_offset,
+        geometry.block_q,
+        geometry.block_k,
+        num_slots,
+        limits,
+    )
+    tensors = {
+        name: torch.zeros(
+            shape, dtype=torch.uint8 if name == "covered" else torch.int32, device=q.device
+        )
+        for name, shape in shapes.items()
+    }
+    tensors["slots"] = params[:, 3:5].contiguous()
+    return AttentionIndex(**tensors)

@@ -1,0 +1,224 @@
+"""The ``triton`` executor: generated kernels for CUDA and ROCm, and for Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInvalid
+from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.runtime.executor import Executor, Problem
+from sparse_compiler.runtime.kernel_cache import KernelCache
+from sparse_compiler.runtime.triton_attend import (
+    attend_spec,
+    attend_tuning,
+    launch_attend,
+    rows_contiguous,
+    tma_fits,
+)
+from sparse_compiler.runtime.triton_probe import launch_probe, probe_spec, rows_at_once
+
+__all__ = ["TritonExecutor"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@lru_cache(maxsize=1)
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    """Whether Triton interprets kernels; Triton's own switch, read when a kernel is decorated."""
+    if not _triton_found():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device current: Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _device_obstacles() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["no CUDA or ROCm device is available"]
+    capability = _capability(torch.cuda.current_device())
+    if torch.version.hip is None and capability < (8, 0):
+        return [f"compute capability {capability[0]}.{capability[1]} is below 8.0"]
+    return []
+
+
+def _check_blocks(geometry: Geometry) -> None:
+    for name, size in (("block_q", geometry.block_q), ("block_k", geometry.block_k)):
+        if size < 16 or size & (size - 1):
+            raise ShapeMismatch(name, "a power of two from 16", size, where="geometry")
+
+
+class TritonExecutor(Executor):
+    """Generated Triton kernels; one launch for all heads of a layer, whatever their patterns.
+
+    Args:
+        cache_dir: where generated sources go; None is the user's cache directory.
+    """
+
+    name = "triton"
+    block_q = 64
+    block_k = 64
+    # Measured on H200, vertical-slash (512, 2048): 0.3 of cuDNN's speed at 8K, 1.5 at 32K; below,
+    # selection is bound by its launches. Its cost grows with keys alone, hence the second bound.
+    min_tokens = 24576
+    min_queries = 1024
+    auto = HeadPattern("vertical_slash", 1000, 1000)
+
+    def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+        self._cache = KernelCache(cache_dir)
+
+    def obstacles(self, problem: Problem) -> list[str]:
+        found = []
+        if not _triton_found():
+            return ["triton is not installed"]
+        if problem.device_type == "cuda":
+            found += _device_obstacles()
+        elif not _interpreting():
+            found.append(f"device is {problem.device_type}, not cuda")
+        if problem.dtype not in _DTYPES:
+            found.append(f"dtype {problem.dtype} is not float16, bfloat16 or float32")
+        for what, size in (("head", problem.head_dim), ("value", problem.value_dim)):
+            if not 16 <= size <= 256:
+                found.append(f"{what} size {size} is not in 16..256")
+        return found
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: AttentionIndex,
+        geometry: Geometry,
+        *,
+        scale: float,
+        softcap: float,
+        rows: Tensor,
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(q, k, v, softcap)
+        _check_blocks(geometry)
+        if scale < 0:
+            q, scale = -q, -scale
+        q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+        interpret = _interpreting()
+        capability = _capability(q.device.index or 0) if q.is_cuda else (0, 0)
+        hip = torch.version.hip is not None
+        descriptors = not interpret and not hip and capability >= (9, 0)
+        tma = descriptors and tma_fits(k) and tma_fits(v)
+        tuning = attend_tuning(
+            q.dtype,
+            max(q.shape[-1], v.shape[-1]),
+            geometry,
+            capability,
+            has_band=index.full.shape[1] > 0,
+            hip=hip,
+        )
+        spec = attend_spec(
+            q,
+            k,
+            v,
+            index,
+            geometry,
+            tuning,
+            softcap=softcap,
+            key_mask=key_mask,
+            tma=tma,
+            interpret=interpret,
+        )
+        with device_of(q):
+            return launch_attend(
+                self._cache,
+                spec,
+                q,
+                k,
+                v,
+                index,
+                geometry,
+                scale=scale,
+                softcap=softcap,
+                rows=rows,
+                key_mask=key_mask,
+            )
+
+    def probe(
+        self,
+        q: Tensor,
+        k: Tensor,
+        heads: Tensor,
+        first_row: Tensor,
+        geometry: Geometry,
+        *,
+        scale: float,
+        rows: Tensor,
+        key_mask: Tensor | None,
+        num_rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        self._check(q, k, k, 0.0)
+        q, k = rows_contiguous(q), rows_contiguous(k)
+        columns = distances = None
+        with device_of(q):
+            step = rows_at_once(q.dtype, q.shape[-1])
+            for start in range(0, num_rows, step):
+                spec = probe_spec(
+                    q,
+                    k,
+                    geometry,
+                    key_mask=key_mask,
+                    num_rows=min(step, num_rows - start),
+                    interpret=_interpreting(),
+                )
+                part = launch_probe(
+                    self._cache,
+                    spec,
+                    q,
+                    k,
+                    heads,
+                    first_row + start if start else first_row,
+                    geometry,
+                    scale=scale,
+                    rows=rows,
+                    key_mask=key_mask,
+                )
+                columns = part[0] if columns is None else columns + part[0]
+                distances = part[1] if distances is None else distances + part[1]
+        assert columns is not None
+        assert distances is not None
+        return columns, distances
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, softcap: float) -> None:
+        if q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+            raise ShapeMismatch(
+                "shapes of q, k and v",
+                "[B, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv] with Hq a multiple of Hkv",
+                (tuple(q.shape), tuple(k.shape), tuple(v.shape)),
+            )
+        if not q.dtype == k.dtype == v.dtype:
+            raise TensorInvalid("q, k and v", "of one dtype", (q.dtype, k.dtype, v.dtype))
+        problem = Problem(
+            q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[1] // k.shape[1], softcap
+        )
+        found = self.obstacles(problem)
+        if found:
+            raise ExecutorUnavailable(
+                "executor 'triton'", "able to run this attention", "; ".join(found)
+            )
