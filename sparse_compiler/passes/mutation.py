@@ -1,0 +1,134 @@
+"""Which storages a graph writes to in place, and where.
+
+Tensors that share memory share a storage in the fake tensors that tracing left on the nodes, so
+views are followed exactly. A callable whose effects cannot be known is taken to write to all its
+tensor arguments. Separate graph inputs are taken not to overlap.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["MutationMap"]
+
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in (
+        *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "iconcat"),
+    )
+)
+_DUNDERS_THAT_START_WITH_I = frozenset({"__invert__", "__int__", "__index__", "__init__"})
+# Higher-order operators that only read their tensors.
+_PURE_HIGHER_ORDER = frozenset({"flex_attention"})
+_TRUSTED_MODULES = ("torch", "_operator", "operator", "builtins", "math", "einops")
+
+
+class MutationMap:
+    """Where the storages of a graph's tensors are written.
+
+    Args:
+        graph: a graph with `meta["example_value"]` on its tensor nodes; read once, here.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._position = {node: n for n, node in enumerate(graph.nodes)}
+        self._writes: dict[object, list[int]] = {}
+        for node, position in self._position.items():
+            for target in _written(node):
+                self._writes.setdefault(_storage(target), []).append(position)
+
+    def written(self, node: fx.Node) -> bool:
+        """Whether the memory of `node` is written anywhere in the graph."""
+        return _storage(node) in self._writes
+
+    def written_after(self, node: fx.Node, moment: fx.Node | None = None) -> bool:
+        """Whether the memory of `node` is written later than `moment` (`node` itself if None)."""
+        mine = self._position[moment or node]
+        return any(p > mine for p in self._writes.get(_storage(node), ()))
+
+
+def _storage(node: fx.Node) -> object:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if isinstance(value, torch.Tensor):
+        try:
+            return value.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):  # subclasses without one storage
+            return node
+    return node
+
+
+def _written(node: fx.Node) -> Iterable[fx.Node]:
+    if node.op == "call_method":
+        return _written_by_method(node)
+    if node.op == "call_module":
+        return _nodes((node.args, node.kwargs))
+    if node.op != "call_function":
+        return ()
+    return _written_by_function(node, node.target)
+
+
+def _written_by_method(node: fx.Node) -> Iterable[fx.Node]:
+    name = str(node.target)
+    dunder = name.startswith("__")
+    inplace = name.endswith("_") and not dunder
+    inplace |= name in ("__setitem__", "__delitem__")
+    inplace |= name.startswith("__i") and name not in _DUNDERS_THAT_START_WITH_I
+    return _nodes(node.args[:1]) if inplace else _nodes(node.kwargs.get("out"))
+
+
+def _written_by_function(node: fx.Node, target: Any) -> Iterable[fx.Node]:
+    if isinstance(target, torch._ops.OpOverload):
+        return _written_by_schemas(node, [target._schema])
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+        return _written_by_schemas(node, [o._schema for o in overloads])
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        pure = target.name() in _PURE_HIGHER_ORDER
+        return () if pure else _nodes((node.args, node.kwargs))
+    if target in _INPLACE_OPERATORS:
+        return _nodes(node.args[:1])
+    module = getattr(target, "__module__", None) or ""
+    trusted = module.split(".")[0] in _TRUSTED_MODULES
+    if not trusted:
+        return _nodes((node.args, node.kwargs))
+    name = getattr(target, "__name__", "")
+    inplace = name.endswith("_") and module.split(".")[0] not in ("_operator", "operator")
+    if inplace or _asks_inplace(node, target):
+        return _nodes(node.args[:1] or (node.kwargs,))
+    return _nodes(node.kwargs.get("out"))
+
+
+def _asks_inplace(node: fx.Node, target: Any) -> bool:
+    """`torch.nn.functional` style ``inplace=True``, by keyword or position."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    code = getattr(target, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code is not None else ()
+    if "inplace" not in names:
+        return False
+    position = names.index("inplace")
+    return len(node.args) > position and node.args[position] is not False
+
+
+def _written_by_schemas(node: fx.Node, schemas: list[Any]) -> Iterable[fx.Node]:
+    found: list[fx.Node] = []
+    for schema in schemas:
+        for position, argument in enumerate(schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            if position < len(node.args):
+                found += _nodes(node.args[position])
+            found += _nodes(node.kwargs.get(argument.name))
+    return found
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(value, lambda n: found.append(n))
+    return found

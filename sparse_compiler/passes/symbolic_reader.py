@@ -1,0 +1,276 @@
+"""Tensors of an fx graph read as functions of their position.
+
+`SymbolicReader` answers "what is element (i, j, ...) of this node?" with a sympy expression,
+walking backward from the node of interest and no further than needed. Views only rewrite the
+index, elementwise operations combine values, and what is not understood becomes an uninterpreted
+read ``node(i, j, ...)``, so that a key padding input stays visible in the answer. Nothing is
+guessed: memory that is written in place anywhere in the graph is refused altogether.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+
+from sparse_compiler.passes.mutation import MutationMap
+from sparse_compiler.passes.presburger import Decider, Domain, Undecidable
+from sparse_compiler.passes.symbolic_values import NotUnderstood, Value, as_bool
+
+__all__ = [
+    "Evaluate",
+    "Index",
+    "Mutated",
+    "SymbolicReader",
+    "argument",
+    "operation",
+    "size_expr",
+    "tensor_of",
+]
+
+logger = logging.getLogger(__name__)
+
+Index = tuple[sympy.Expr, ...]
+Evaluate = Callable[["SymbolicReader", fx.Node, Index], Value]
+
+
+class Mutated(Exception):
+    """The value depends on memory that the graph writes in place; the text names the node."""
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that tracing left on `node`, or None."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    """An int or SymInt as a sympy expression; raises NotUnderstood for anything else."""
+    if isinstance(size, bool):
+        raise NotUnderstood("a bool where an int was expected")
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    if isinstance(size, torch.SymInt):
+        return sympy.sympify(size.node.expr)  # already a sympy expression: no text is parsed
+    if isinstance(size, sympy.Expr):
+        return size
+    raise NotUnderstood(f"{type(size).__name__} where an int was expected")
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of the call by position or else by name; `self` or the input is position 0."""
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+def operation(node: fx.Node) -> str | None:
+    """The plain name of a torch operation (``le``, ``expand``); None if it is not torch's own."""
+    if node.op == "call_method":
+        first = node.args[0] if node.args else None
+        is_tensor = isinstance(first, fx.Node) and tensor_of(first) is not None
+        return str(node.target) if is_tensor else None
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__ if target.namespace == "aten" else None
+    name = getattr(target, "__name__", None)
+    if name is None:
+        return None
+    for owner in (operator, torch, torch.Tensor, torch.nn.functional):
+        if getattr(owner, name, None) is target:
+            return name
+    return "getattr" if target is getattr else None
+
+
+class SymbolicReader:
+    """Lazy reader of one graph's tensors; remembers what it evaluated.
+
+    Args:
+        graph: a graph as Dynamo hands it to a backend, fake values in `meta["example_value"]`.
+        handlers: for each operation's name, how an element of its result is computed.
+
+    Attributes:
+        reads: which node each uninterpreted function symbol stands for.
+        reasons: for each node that became uninterpreted, why.
+    """
+
+    def __init__(self, graph: fx.Graph, handlers: Mapping[str, Evaluate]) -> None:
+        self._handlers = handlers
+        self.mutations = MutationMap(graph)
+        self.reads: dict[Any, fx.Node] = {}
+        self.reasons: dict[fx.Node, str] = {}
+        self.size_bounds: dict[sympy.Symbol, tuple[int | None, int | None]] = {}
+        self._functions: dict[fx.Node, Any] = {}
+        self._index_sizes: dict[sympy.Symbol, sympy.Expr] = {}
+        self._memo: dict[tuple[fx.Node, Index], Value] = {}
+
+    # -- sizes and indices ---------------------------------------------------------------------
+
+    def new_index(self, name: str, size: Any) -> sympy.Symbol:
+        """A fresh index symbol that runs over 0 <= index < size."""
+        symbol = sympy.Dummy(name, integer=True)
+        self._index_sizes[symbol] = self.size(size)
+        return symbol
+
+    def size(self, size: Any) -> sympy.Expr:
+        """A size as an expression; remembers what the tracer knows about its symbols."""
+        if isinstance(size, fx.Node):
+            size = size.meta.get("example_value", size.meta.get("val"))
+        if isinstance(size, torch.SymInt):
+            self._learn_bounds(size)
+        return size_expr(size)
+
+    def shape(self, node: fx.Node) -> Index:
+        """The shape of a tensor node as expressions."""
+        value = tensor_of(node)
+        if value is None:
+            raise NotUnderstood(f"{node.name} is not a tensor")
+        return tuple(self.size(s) for s in value.shape)
+
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        """The dtype of a tensor node."""
+        value = tensor_of(node)
+        if value is None:
+            raise NotUnderstood(f"{node.name} is not a tensor")
+        return value.dtype
+
+    def domain(self, *values: Any) -> Domain:
+        """All the index symbols that occur in the values, with their sizes, and the size ranges."""
+        free = set().union(*(v.free_symbols for v in values))
+        indices = tuple((s, n) for s, n in self._index_sizes.items() if s in free)
+        return Domain(indices, self.size_bounds)
+
+    def within(self, expr: sympy.Expr, size: sympy.Expr) -> bool:
+        """Whether 0 <= expr < size is certain."""
+        if self._index_sizes.get(expr) == size:  # type: ignore[arg-type]
+            return True
+        if isinstance(expr, sympy.Integer) and isinstance(size, sympy.Integer):
+            return 0 <= int(expr) < int(size)
+        low = sympy.Ge(expr, 0, evaluate=False)
+        high = sympy.Lt(expr, size, evaluate=False)
+        return self.certain(low, high)
+
+    def certain(self, *claims: Any) -> bool:
+        """Whether all the claims hold for all indices and sizes."""
+        if any(c is sympy.false for c in claims):
+            return False
+        try:
+            decider = Decider(self.domain(*claims))
+            verdicts = [decider.implies(sympy.true, claim) for claim in claims]
+        except Undecidable:
+            return False
+        return all(v is not None and v.holds for v in verdicts)
+
+    def index_size(self, symbol: sympy.Expr) -> sympy.Expr | None:
+        """The size that an index symbol runs to; None for other expressions."""
+        return self._index_sizes.get(symbol)  # type: ignore[arg-type]
+
+    def _learn_bounds(self, size: torch.SymInt) -> None:
+        shape_env = getattr(size.node, "shape_env", None)
+        ranges = getattr(shape_env, "var_to_range", {})
+        for symbol in size_expr(size).free_symbols:
+            if symbol in self.size_bounds or symbol not in ranges:
+                continue
+            low, high = ranges[symbol].lower, ranges[symbol].upper
+            self.size_bounds[symbol] = (  # type: ignore[index]
+                int(low) if isinstance(low, sympy.Integer) else None,
+                int(high) if isinstance(high, sympy.Integer) else None,
+            )
+
+    # -- values --------------------------------------------------------------------------------
+
+    def evaluate(self, node: fx.Node, index: Sequence[sympy.Expr]) -> Value:
+        """Element `index` of `node`.
+
+        Args:
+            node: a tensor node.
+            index: one expression for each dimension, within bounds; where a size is 1 it is not
+                looked at.
+        Returns:
+            The value; an uninterpreted read where the operation is not understood.
+        Raises:
+            Mutated: memory that the value depends on is written in place somewhere.
+            NotUnderstood: not a tensor.
+        """
+        place = tuple(
+            sympy.Integer(0) if n == 1 else i for i, n in zip(index, self.shape(node), strict=True)
+        )
+        key = (node, place)
+        known = self._memo.get(key)
+        if known is None:
+            known = self._memo[key] = self._evaluate(node, place)
+        return known
+
+    def evaluate_scalar(self, value: Any, index: Sequence[sympy.Expr]) -> Value:
+        """An operand that is a number, a SymInt, or a tensor node whose shape broadcasts to
+        `index`.
+
+        `index` is aligned to the right; dimensions of size 1 are read at 0.
+        """
+        if isinstance(value, bool):
+            return sympy.true if value else sympy.false
+        if isinstance(value, float):
+            return value
+        if isinstance(value, fx.Node) and tensor_of(value) is not None:
+            rank = len(self.shape(value))
+            if rank > len(index):
+                raise NotUnderstood(f"{value.name} has more dimensions than the result")
+            return self.evaluate(value, tuple(index)[len(index) - rank :])
+        return self.size(value)
+
+    def operand(self, node: fx.Node, value: Any, index: Index) -> Value:
+        """An operand of the elementwise operation `node`, read at the position that feeds `index`.
+
+        Raises:
+            NotUnderstood: the operand's sizes cannot be seen to broadcast to those of `node`.
+        """
+        if isinstance(value, fx.Node) and tensor_of(value) is not None:
+            inner, outer = self.shape(value), self.shape(node)
+            for size, full in zip(reversed(inner), reversed(outer), strict=False):
+                if size not in (1, full):
+                    raise NotUnderstood(f"sizes {size} and {full} of {value.name} may differ")
+        return self.evaluate_scalar(value, index)
+
+    def truth(self, value: Any, node: fx.Node, index: Index) -> Any:
+        """An operand as a truth value: nonzero is True. Float tensors are allowed as reads."""
+        return as_bool(self.operand(node, value, index))
+
+    def read(self, node: fx.Node, index: Index) -> sympy.Expr:
+        """The uninterpreted element ``node(index)``."""
+        function = self._functions.get(node)
+        if function is None:
+            function = sympy.Function(f"read_{node.name}", integer=True)
+            self._functions[node] = function
+            self.reads[function] = node
+        return function(*index)
+
+    def read_nodes(self, value: Any) -> set[fx.Node]:
+        """The nodes that a value reads without understanding them."""
+        return {self.reads[a.func] for a in value.atoms(AppliedUndef) if a.func in self.reads}
+
+    def _evaluate(self, node: fx.Node, index: Index) -> Value:
+        if self.mutations.written(node):
+            raise Mutated(f"{node.name} ({node.target}) is written in place")
+        name = operation(node)
+        handler = self._handlers.get(name) if name is not None else None
+        if handler is None:
+            self.reasons.setdefault(
+                node, f"{node.name} ({node.op} {node.target}) is an input or unread"
+            )
+            return self._unread(node, index)
+        try:
+            return handler(self, node, index)
+        except NotUnderstood as reason:
+            logger.debug("%s is read as it is: %s", node.name, reason)
+            self.reasons.setdefault(node, f"{node.name} ({name}): {reason}")
+            return self._unread(node, index)
+
+    def _unread(self, node: fx.Node, index: Index) -> Value:
+        read = self.read(node, index)
+        return as_bool(read) if self.dtype(node) == torch.bool else read
