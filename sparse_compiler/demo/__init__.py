@@ -1,0 +1,1 @@
+"""A small byte-level retriever: record prompts, the model, its trained checkpoint."""
