@@ -1,0 +1,1 @@
+"""Helpers for other libraries; each is optional and imported on demand."""

@@ -1,0 +1,1 @@
+"""Per-head configurations: reading, writing, and (later) searching them."""
