@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HeadPattern", "LayerPatterns"]
+__all__ = ["HeadPattern", "LayerPatterns", "fewest_queries"]
+
+
+def fewest_queries(min_queries: int, min_tokens: int) -> int:
+    """Query rows below which a call stays dense, at compile time and at run time alike.
+
+    Args:
+        min_queries: what the executor asks for.
+        min_tokens: of the call; a user who lowers it to try short prompts lowers this bound too.
+    """
+    return min(min_queries, max(2, min_tokens))
 
 
 @dataclass(frozen=True)

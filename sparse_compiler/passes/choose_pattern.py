@@ -7,7 +7,7 @@ from torch import fx
 
 from sparse_compiler.config import ANY, PatternTable
 from sparse_compiler.ir.mask import Proved
-from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
+from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns, fewest_queries
 from sparse_compiler.ir.report import Code, Condition, PassReport
 from sparse_compiler.ir.site import AttentionSite
 from sparse_compiler.passes.context import Capability, Decision, PassContext, SiteState
@@ -109,7 +109,7 @@ def _check_sizes(
         return
     if isinstance(num_k, int) and num_k < minimum:
         state.fail(Code.SHORT, f"{num_k} keys are fewer than min_tokens = {minimum}")
-    wanted = min(capability.min_queries, max(2, minimum))
+    wanted = fewest_queries(capability.min_queries, minimum)
     if isinstance(num_q, int) and num_q < wanted:
         state.fail(Code.SHORT, f"{num_q} query rows are fewer than {wanted}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -198,7 +199,10 @@ def _parameters(
         for head, slot in zip(patterns.heads, slots, strict=True)
     ]
     device = site.query.meta["example_value"].device
-    name = f"_sparse_parameters_{abs(hash((str(rows), str(device)))):x}"
+    # A digest of the contents: two different tables never share a name, and the same model gives the
+    # same graph in every process, so that Inductor's cache on disk is hit.
+    digest = hashlib.sha256(f"{device} {rows}".encode()).hexdigest()
+    name = f"_sparse_parameters_{digest[:32]}"
     if not hasattr(gm, name):
         gm.register_buffer(name, torch.tensor(rows, dtype=torch.int32, device=device))
         # AOTAutograd wants to know where each tensor of a Dynamo graph came from.

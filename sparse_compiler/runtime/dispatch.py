@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_compiler import ops
 from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInvalid
 from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.ir.pattern import fewest_queries
 from sparse_compiler.patterns.base import Limits, SelectRequest
 from sparse_compiler.runtime import recorder, select
 from sparse_compiler.runtime.dense import attend_dense
@@ -91,7 +92,7 @@ def _check_rows(rows: Tensor | None, key_mask: Tensor | None, batch: int, num_k:
 
 def stays_dense(num_q: int, num_k: int, min_tokens: int, executor: Executor) -> bool:
     """Whether a call of these sizes is answered by dense attention."""
-    return num_k < min_tokens or num_q < min(executor.min_queries, max(2, min_tokens))
+    return num_k < min_tokens or num_q < fewest_queries(executor.min_queries, min_tokens)
 
 
 def summarize_keys(
