@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),constraints/base.txt,constraints/cpu.txt)
 TOKENS ?= 16384
 
-.PHONY: demo test check fix test-gpu bench golden fuzz clean
+.PHONY: demo test check fix test-gpu bench golden budgets fuzz clean
 
 $(VENV)/ready: pyproject.toml constraints/base.txt constraints/cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,6 +43,9 @@ bench:
 
 golden: $(VENV)/ready  ## rewrite the golden kernels after a deliberate change of the templates
 	$(BIN)/python tests/codegen/test_emit.py
+
+budgets: $(VENV)/ready  ## accept what the compiler reports now: registers, shared memory, instructions
+	$(BIN)/python tests/codegen/test_budgets.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -22,6 +22,7 @@ from sparse_compiler.patterns import registry as pattern_registry
 from sparse_compiler.runtime import dispatch as _dispatch  # noqa: F401 - installs the operators
 from sparse_compiler.runtime import registry as executor_registry
 from sparse_compiler.runtime.executor import Problem
+from sparse_compiler.runtime.requester import name_sites
 from sparse_compiler.search.published_config import load_config
 
 __all__ = ["build_context", "minference"]
@@ -54,6 +55,7 @@ def minference(
     config = parse_options(options)
     ctx = build_context(gm, config)
     run_pipeline(gm, ctx)
+    name_sites({s.number: s.layer or s.name for s in ctx.report.sites if s.number >= 0})
     emit_artifact(ctx.report)
     act_on_declines(ctx, example_inputs)
     blocked = ctx.blocked is not None and ctx.blocked.code == Code.NO_CXX

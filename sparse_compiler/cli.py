@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sparse_compiler.cli_cache import cache_app
+from sparse_compiler.cli_kernels import PASS_ON, kernels_app, run_command
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -18,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(kernels_app)
+app.add_typer(cache_app)
 
 
 @app.callback()
@@ -75,6 +80,14 @@ def env() -> None:
     from sparse_compiler.environment import environment
 
     typer.echo(json.dumps(environment(), indent=2))
+
+
+@app.command(**PASS_ON)
+def tune(context: typer.Context) -> None:
+    """Measure this device and keep the constants of the cost model. See `tune --help`."""
+    from sparse_compiler.cli_tune import tune_command
+
+    run_command(tune_command, context)
 
 
 def main() -> None:

@@ -13,7 +13,13 @@ import platformdirs
 
 from sparse_compiler.errors import OptionInvalid
 
-__all__ = ["PatternTable", "SparseConfig", "cache_directory", "check_invariants"]
+__all__ = [
+    "PatternTable",
+    "SparseConfig",
+    "cache_directory",
+    "check_invariants",
+    "shared_cache_directory",
+]
 
 PATTERNS = ("auto", "vertical_slash", "block_sparse", "a_shape", "dense")
 ANY = "*"
@@ -192,6 +198,15 @@ def cache_directory() -> Path:
     """Where generated kernels are kept: SPARSE_COMPILER_CACHE, or the user's cache directory."""
     override = os.environ.get("SPARSE_COMPILER_CACHE")
     return Path(override) if override else Path(platformdirs.user_cache_dir("sparse_compiler"))
+
+
+def shared_cache_directory() -> Path | None:
+    """A team's cache, read and never written: SPARSE_COMPILER_SHARED_CACHE; None if unset.
+
+    Setting it says that the owner of that directory is trusted: see SECURITY.md.
+    """
+    shared = os.environ.get("SPARSE_COMPILER_SHARED_CACHE")
+    return Path(shared) if shared else None
 
 
 def check_invariants() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from sparse_compiler.backend import has_cxx_compiler
-from sparse_compiler.config import cache_directory
+from sparse_compiler.config import cache_directory, shared_cache_directory
+from sparse_compiler.runtime.cache_contents import contents, obstacle
+from sparse_compiler.runtime.cache_directory import why_unsafe
 from sparse_compiler.runtime.executor import Problem
+from sparse_compiler.runtime.kernel_cache import SOURCES
 from sparse_compiler.runtime.registry import executor_for, executor_names
 
 __all__ = ["environment"]
@@ -74,14 +77,35 @@ def _executor_state(name: str) -> str:
 
 
 def _cache_state(directory: Path) -> dict[str, Any]:
+    shared = shared_cache_directory()
+    state: dict[str, Any] = {"directory": str(directory)}
+    if shared is not None:
+        state["shared"] = str(shared)
+    problem = obstacle(directory)
+    if problem:
+        return {**state, "state": f"not used: {problem}"}
     if not directory.is_dir():
-        return {"directory": str(directory), "state": "not created yet"}
-    sizes = [entry.stat().st_size for entry in directory.rglob("*.py")]
-    mode = directory.stat().st_mode & 0o777
-    mine = directory.stat().st_uid == os.getuid() if hasattr(os, "getuid") else True
+        return {**state, "state": "not created yet"}
+    entries = contents(directory)
+    broken = [entry.name for entry in entries if entry.problem]
     return {
-        "directory": str(directory),
-        "kernels": len(sizes),
-        "bytes": sum(sizes),
-        "state": "ok" if mine and not mode & 0o022 else f"not trusted (mode {mode:o})",
+        **state,
+        "kernels": sum(entry.kind == SOURCES for entry in entries),
+        "bytes": sum(entry.size for entry in entries),
+        "state": f"broken: {', '.join(broken)}" if broken else "ok",
+        "triton": _triton_state(),
     }
+
+
+def _triton_state() -> str:
+    """Triton's own cache, which holds its driver's code; nobody else checks who can write there."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from triton import knobs
+
+    directory = Path(knobs.cache.dir)
+    try:
+        problem = why_unsafe(directory)
+    except OSError as error:
+        problem = "" if isinstance(error, FileNotFoundError) else str(error)
+    return f"{directory}: not private, {problem}" if problem else str(directory)

@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointCorrupt",
     "ConfigCorrupt",
     "ExecutorUnavailable",
+    "ExpressionInvalid",
     "GraphInvariantBroken",
     "OptionInvalid",
     "PatternInvalid",
@@ -87,3 +88,7 @@ class CheckpointCorrupt(SparseCompilerError, RuntimeError):
 
 class PromptInvalid(SparseCompilerError, ValueError):
     """A prompt cannot be built as asked, e.g. more records than it has room for."""
+
+
+class ExpressionInvalid(SparseCompilerError, ValueError):
+    """A tensor expression contradicts itself: its statements, its reductions or its axes."""

@@ -13,7 +13,7 @@ from sparse_compiler.codegen.spec import KernelSpec
 __all__ = ["FORMAT", "PLAIN_SIZES", "emit"]
 
 #: Changes whenever a template's meaning does; part of every header.
-FORMAT = 1
+FORMAT = 2
 
 #: Sizes that kernels take as ordinary arguments: a new length must not compile a new kernel.
 PLAIN_SIZES = {
@@ -26,20 +26,65 @@ PLAIN_SIZES = {
         "band_slots",
         "block_slots",
         "full_size",
-        "edge_size",
+        "lanes_size",
         "columns_size",
+        "packed_size",
         "distances_size",
         "blocks_size",
     ),
+    "attend_hopper.py.jinja": (
+        "row_blocks",
+        "num_heads",
+        "num_q",
+        "num_k",
+        "left",
+        "right",
+        "block_slots",
+        "blocks_size",
+    ),
+    "work_list.py.jinja": (
+        "row_blocks",
+        "num_heads",
+        "num_k",
+        "left",
+        "right",
+        "block_slots",
+        "blocks_size",
+    ),
     "probe.py.jinja": (
+        "num_groups",
+        "num_heads",
         "num_slots",
-        "num_probed",
         "num_q",
         "num_k",
         "left",
         "right",
         "chunks",
+        "tiles",
         "distances_size",
+        "row_size",
+        "probed",
+    ),
+    "select.py.jinja": (
+        "num_heads",
+        "num_slots",
+        "num_k",
+        "left",
+        "distances_size",
+        "row_size",
+        "kept_size",
+        "search_steps",
+        "slices",
+        "full_size",
+        "edge_size",
+        "columns_size",
+        "probed",
+        "nearest",
+        "everything",
+        "probed_first",
+        "probed_second",
+        "nearest_first",
+        "nearest_second",
     ),
 }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["DTYPES", "AttendSpec", "KernelSpec", "ProbeSpec", "power_of_two"]
+__all__ = ["DTYPES", "KV_DTYPES", "AttendSpec", "KernelSpec", "ProbeSpec", "power_of_two"]
 
 DTYPES = ("float16", "bfloat16", "float32")
+KV_DTYPES = ("", "float8_e4m3fn")
 
 
 def power_of_two(size: int) -> int:
@@ -73,6 +74,14 @@ class AttendSpec(KernelSpec):
         softcap: logits are capped; the cap itself is an argument.
         tma: tiles come through tensor descriptors; else through pointers.
         step_k: keys of one step: N or, where a whole tile needs too much memory, a part of it.
+        kv_dtype: of k and v where it is not ``dtype``; a name in ``KV_DTYPES``. Their values are
+            multiplied by one scale a head, operands ``k_scale`` and ``v_scale``.
+        packed: a head's columns were copied into dense tiles before; else they are gathered by
+            every row block.
+        split: row blocks are computed in several parts, which ``combine`` joins.
+        lse: the log-sum-exp of each row is written.
+        wide: offsets are 64-bit; ``codegen.offsets`` proves where 32 are enough.
+        max_registers: of a thread of ``attend``; 0 leaves it to the assembler.
     """
 
     value_dim: int
@@ -83,6 +92,18 @@ class AttendSpec(KernelSpec):
     softcap: bool = False
     tma: bool = False
     step_k: int = 64
+    kv_dtype: str = ""
+    packed: bool = False
+    split: bool = False
+    lse: bool = True
+    wide: bool = True
+    max_registers: int = 0
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """Triton's options for ``attend``; the other kernels of the text take none of them."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
     @property
     def value_pad(self) -> int:
@@ -99,23 +120,28 @@ class AttendSpec(KernelSpec):
         return self.block_k // self.step_k
 
     @property
+    def keys_dtype(self) -> str:
+        """The dtype that k and v are stored in."""
+        return self.kv_dtype or self.dtype
+
+    @property
     def template(self) -> str:
         return "attend.py.jinja"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSpec(KernelSpec):
-    """The three kernels of ``probe``: row statistics by chunk, their combination, the sums.
+    """The two kernels of ``probe``: row statistics by chunk of keys, and the sums.
 
     Args:
-        num_rows: probe rows; padded to a power of two from 16, R.
-        block_k: keys in a tile, a power of two, at least R.
-        tiles: tiles in a chunk, the keys of one program.
+        num_rows: probe rows; padded to a power of two from 16, R, which is also the keys of a tile.
+        heads: heads of a KV group that share one read of a key: 1, 2 or 4.
+        last_rows: the probe rows are the last that see keys; else their address is an operand.
     """
 
     num_rows: int = 64
-    block_k: int = 64
-    tiles: int = 32
+    heads: int = 1
+    last_rows: bool = False
 
     @property
     def rows_pad(self) -> int:

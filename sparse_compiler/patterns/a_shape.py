@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import BandChoice, Limits, Pattern, SelectRequest
+from sparse_compiler.patterns.base import BandChoice, BandRule, Limits, Pattern, SelectRequest
 
 __all__ = ["AShape"]
 
@@ -20,6 +20,7 @@ class AShape(Pattern):
     config_name = "stream_llm"
     number = 1
     component = "band"
+    rule = BandRule(number, "nearest")
 
     def default(self) -> HeadPattern:
         return HeadPattern(self.name, 128, 3968)

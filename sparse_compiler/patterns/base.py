@@ -7,14 +7,67 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
 
-__all__ = ["BandChoice", "BlockChoice", "Limits", "Pattern", "SelectRequest"]
+__all__ = [
+    "BandChoice",
+    "BandRule",
+    "BlockChoice",
+    "Limits",
+    "Pattern",
+    "SelectRequest",
+    "keep_best",
+]
 
 Probe = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+KeepBest = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def keep_best(scores: Tensor, wanted: Tensor, most: int) -> Tensor:
+    """Mark the largest scores of each slot; ties go to the lowest place, NaN ranks with -inf.
+
+    Args:
+        scores: float32 [B, S, X].
+        wanted: int64 [S], how many to mark; all where there are not so many.
+        most: the most that any slot may mark, -1 for no limit.
+    Returns:
+        bool [B, S, X].
+    """
+    size = scores.shape[-1]
+    count = size if most < 0 else min(most, size)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    scores = torch.where(scores.isnan(), float("-inf"), scores)
+    wanted = wanted.clamp(max=count)[:, None]
+    best = torch.topk(scores, count, dim=-1, sorted=True).values
+    last = best.gather(-1, (wanted - 1).clamp(min=0).expand(*scores.shape[:2], 1))
+    above, tie = scores > last, scores == last
+    ties = wanted - above.sum(-1, keepdim=True)
+    return (above | (tie & (tie.cumsum(-1) <= ties))) & (wanted > 0)
+
+
+@dataclass(frozen=True)
+class BandRule:
+    """What a band pattern chooses, as data, so that an executor may do it in its own kernels.
+
+    Args:
+        number: of the pattern.
+        kind: ``best`` columns and distances of a probe of the last rows that see keys; ``nearest``:
+            the ``first`` first visible keys and the ``second`` nearest distances; ``all`` distances.
+        probe_rows: of kind ``best``.
+        least_columns, least_distances: of kind ``best``, the first visible keys and the nearest
+            distances that are always kept and counted.
+    """
+
+    number: int
+    kind: Literal["best", "nearest", "all"]
+    probe_rows: int = 0
+    least_columns: int = 0
+    least_distances: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +112,7 @@ class SelectRequest:
         scale: of the scores.
         limits: host-side bounds of what may be listed.
         probe: ``(heads, first_row, num_rows) -> (columns, distances)``, see ``Executor.probe``.
+        keep_best: as the function of that name.
     """
 
     q: Tensor
@@ -73,6 +127,7 @@ class SelectRequest:
     scale: float
     limits: Limits
     probe: Probe
+    keep_best: KeepBest = keep_best
 
 
 @dataclass(frozen=True)
@@ -105,6 +160,7 @@ class Pattern(ABC):
         component: ``band`` or ``blocks``, the part of the index that it fills.
         needs_causal: True if it makes sense for causal masks only.
         reads_summary: True if it reads the means of key blocks.
+        rule: what ``choose`` does, where a rule can say it; an executor may take it instead.
     """
 
     name: str
@@ -113,6 +169,7 @@ class Pattern(ABC):
     component: Literal["band", "blocks"]
     needs_causal: bool = True
     reads_summary: bool = False
+    rule: BandRule | None = None
 
     @abstractmethod
     def default(self) -> HeadPattern:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import BandChoice, Limits, Pattern, SelectRequest
+from sparse_compiler.patterns.base import BandChoice, BandRule, Limits, Pattern, SelectRequest
 
 __all__ = ["Dense"]
 
@@ -16,6 +16,7 @@ class Dense(Pattern):
     name = "dense"
     number = 0
     component = "band"
+    rule = BandRule(number, "all")
 
     def default(self) -> HeadPattern:
         return HeadPattern(self.name)

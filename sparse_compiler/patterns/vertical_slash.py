@@ -7,10 +7,9 @@ needs is missed, and an early row's output depends (through the choice alone) on
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import BandChoice, Limits, Pattern, SelectRequest
+from sparse_compiler.patterns.base import BandChoice, BandRule, Limits, Pattern, SelectRequest
 
 __all__ = ["FORCED_COLUMNS", "FORCED_DISTANCES", "PROBE_ROWS", "VerticalSlash"]
 
@@ -31,6 +30,7 @@ class VerticalSlash(Pattern):
     config_name = "vertical_and_slash"
     number = 2
     component = "band"
+    rule = BandRule(number, "best", PROBE_ROWS, FORCED_COLUMNS, FORCED_DISTANCES)
 
     def default(self) -> HeadPattern:
         return HeadPattern(self.name, 1000, 6096)
@@ -56,19 +56,15 @@ class VerticalSlash(Pattern):
         keys = torch.arange(columns.shape[-1], device=columns.device)
         kv_start = rows[:, 3, None, None]
         forced = (keys >= kv_start) & (keys < kv_start + FORCED_COLUMNS)
-        # A NaN or inf in a key makes every score of the probe NaN, and would hide its own column.
-        groups = request.q.shape[1] // request.k.shape[1]
-        broken = ~request.k.sum(-1, dtype=torch.float32).isfinite()
-        forced = forced | broken.index_select(1, request.heads // groups)
         steps = torch.arange(distances.shape[-1], device=distances.device)
         limits = request.limits
         return BandChoice(
-            columns=_best(
+            columns=request.keep_best(
                 columns.masked_fill(forced, float("inf")),
                 request.first.clamp(min=FORCED_COLUMNS),
                 limits.columns,
             ),
-            distances=_best(
+            distances=request.keep_best(
                 distances.masked_fill(steps < FORCED_DISTANCES, float("inf")),
                 request.second.clamp(min=FORCED_DISTANCES),
                 limits.distances,
@@ -81,14 +77,3 @@ class VerticalSlash(Pattern):
         local = FORCED_DISTANCES + block_q
         columns = max(head.first, FORCED_COLUMNS)
         return min(1.0, 2 * (columns + local + scattered) / num_keys)
-
-
-def _best(scores: Tensor, wanted: Tensor, most: int) -> Tensor:
-    """Mark the ``wanted[s]`` largest scores of each slot, bool like ``scores``; NaN ranks last."""
-    size = scores.shape[-1]
-    count = size if most < 0 else min(most, size)
-    scores = torch.where(scores.isnan(), float("-inf"), scores)
-    found = torch.topk(scores, count, dim=-1, sorted=True).indices
-    rank = torch.arange(count, device=scores.device)
-    keep = (rank < wanted[:, None]).expand(found.shape)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, found, keep)

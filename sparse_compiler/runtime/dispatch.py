@@ -19,6 +19,7 @@ from sparse_compiler.runtime import recorder, select
 from sparse_compiler.runtime.dense import attend_dense
 from sparse_compiler.runtime.executor import Executor, Problem
 from sparse_compiler.runtime.registry import executor_for
+from sparse_compiler.runtime.requester import for_site
 
 __all__ = ["attend", "select_keys", "stays_dense", "summarize_keys"]
 
@@ -117,6 +118,7 @@ def summarize_keys(
     return select.summarize(k, rows, key_mask, block_k)
 
 
+@for_site
 def select_keys(
     q: Tensor,
     k: Tensor,
@@ -178,11 +180,14 @@ def select_keys(
         probe=probe,
     )
     with recorder.timed(site, q.device) as record:
-        index = select.select_index(request, params, pattern_ids, num_slots, limits, budget)
+        index = select.select_index(
+            request, params, pattern_ids, num_slots, limits, budget, runner
+        )
         record(index, geometry, rows, num_q, num_k)
     return index.tensors()
 
 
+@for_site
 def attend(
     q: Tensor,
     k: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.patterns.base import BandRule, SelectRequest
 
 __all__ = ["Executor", "Problem"]
 
@@ -83,11 +85,38 @@ class Executor(ABC):
             geometry: the mask's band; ``rows`` int32 [B, 5] and ``key_mask`` as in ``ops``.
             num_rows: probe rows R (64).
         Returns:
-            float32 columns [B, S, Lk]: sum over the rows of softmax(scale * q kᵀ) at each key;
+            float32 columns [B, S, Lk]: sum over the rows of softmax(scale * q kᵀ) at each key, +inf
+            at a visible key that holds a NaN or inf, since every weight beside it is NaN;
             float32 distances [B, S, X]: the same summed over pairs with position - key = distance,
             X = geometry.distance_size(Lq). Masked pairs are 0.
         Source: MInference 1.0, section 3.2.
         """
+
+    def select_band(
+        self,
+        request: SelectRequest,
+        params: Tensor,
+        rules: Mapping[str, BandRule],
+        numbers: Mapping[str, tuple[int, int]],
+        sizes: tuple[int, int, int, int],
+        num_slots: int,
+    ) -> tuple[Tensor, ...] | None:
+        """Choose and lower all band slots of a layer at once; None where PyTorch operations do.
+
+        What it returns is what ``choose`` of the patterns and ``lowering.lower_band`` return for
+        the same probe.
+
+        Args:
+            request: without ``heads``, ``first`` and ``second``; the mask is causal (right = 0).
+            params: int32 [Hq, 5] as in ``ops``.
+            rules: of the band patterns of the layer, by kind.
+            numbers: by kind, (first, second) that take the place of the parameters'; may be empty.
+            sizes: capacities (F, E, C, X).
+            num_slots: S > 0.
+        Returns:
+            The tensors of the index's band in the order of ``INDEX_FIELDS``, then ``slots``.
+        """
+        return None
 
     @abstractmethod
     def attend(

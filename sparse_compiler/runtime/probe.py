@@ -34,13 +34,14 @@ def probe_torch(
     real = (row >= start) & (row < start + length) & (row >= 0) & (row < num_q)
     position = row + offset
     key = torch.arange(num_k, device=device)
-    seen = real[..., None] & (key >= kv_start[..., None]) & (key < (kv_start + kv_len)[..., None])
+    held = (key >= kv_start) & (key < kv_start + kv_len)
+    if key_mask is not None:
+        held &= key_mask
+    seen = real[..., None] & held[:, None]
     if geometry.right >= 0:
         seen &= key <= position[..., None] + geometry.right
     if geometry.left >= 0:
         seen &= key >= position[..., None] - geometry.left
-    if key_mask is not None:
-        seen &= key_mask[:, None]
     taken = row.clamp(0, max(0, num_q - 1))[:, None, :, None]
     probes = q.gather(2, taken.expand(-1, q.shape[1], -1, q.shape[3]))
     size = geometry.distance_size(num_q)
@@ -52,7 +53,8 @@ def probe_torch(
         # A row that sees nothing gives NaN by softmax and must count for nothing; a NaN score of a
         # row that sees something stays.
         weights = torch.where(seen, weights, 0.0)
-        columns.append(weights.sum(1))
+        broken = ~keys.sum(-1).isfinite() & held
+        columns.append(weights.sum(1).masked_fill(broken, float("inf")))
         distances.append(_diagonal_sums(weights, position[:, 0], size))
     if not columns:
         empty = torch.zeros(batch, 0, device=device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,8 +12,14 @@ from torch import Tensor
 from sparse_compiler import ops
 from sparse_compiler.ir.index import INDEX_FIELDS, AttentionIndex, Geometry
 from sparse_compiler.patterns import lowering, registry
-from sparse_compiler.patterns.base import BandChoice, BlockChoice, Pattern, SelectRequest
+from sparse_compiler.patterns.base import (
+    BandChoice,
+    BlockChoice,
+    Pattern,
+    SelectRequest,
+)
 from sparse_compiler.patterns.block_sparse import block_relation
+from sparse_compiler.runtime.executor import Executor
 
 __all__ = ["default_rows", "empty_index", "full_index", "select_index", "summarize"]
 
@@ -22,18 +30,31 @@ def default_rows(
     """The ``rows`` tensor of a plain or padded batch, int32 [B, 5]; no host synchronisation.
 
     With ``key_mask`` the key range is the span from its first to its last visible key; holes in
-    between stay hidden by the mask itself.
+    between stay hidden by the mask itself. Nobody may write to it: plain ones are shared.
     """
+    if key_mask is None:
+        # What is made while a CUDA graph is captured exists only inside the graph.
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        make = _plain_rows.__wrapped__ if capturing else _plain_rows
+        return make(batch, num_q, num_k, q_offset, device)
     rows = torch.empty(batch, 5, dtype=torch.int32, device=device)
-    for column, value in enumerate((0, num_q, q_offset, 0, num_k)):
+    for column, value in enumerate((0, num_q, q_offset)):
         rows[:, column].fill_(value)
-    if key_mask is not None:
-        visible = key_mask.to(torch.uint8)
-        first = visible.argmax(-1)
-        last = num_k - visible.flip(-1).argmax(-1)
-        rows[:, 3] = first.to(torch.int32)
-        rows[:, 4] = torch.where(key_mask.any(-1), last - first, 0).to(torch.int32)
+    visible = key_mask.to(torch.uint8)
+    first = visible.argmax(-1)
+    last = num_k - visible.flip(-1).argmax(-1)
+    rows[:, 3] = first.to(torch.int32)
+    rows[:, 4] = torch.where(key_mask.any(-1), last - first, 0).to(torch.int32)
     return rows
+
+
+@lru_cache(maxsize=256)
+def _plain_rows(batch: int, num_q: int, num_k: int, q_offset: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        rows = torch.empty(batch, 5, dtype=torch.int32, device=device)
+        for column, value in enumerate((0, num_q, q_offset, 0, num_k)):
+            rows[:, column].fill_(value)
+        return rows
 
 
 def summarize(k: Tensor, rows: Tensor, key_mask: Tensor | None, block_k: int) -> Tensor:
@@ -86,12 +107,14 @@ def select_index(
     num_slots: list[int],
     limits: list[int],
     budget: float,
+    executor: Executor | None = None,
 ) -> AttentionIndex:
     """Estimate and lower for all heads of a layer.
 
     Args:
         request: with ``heads``, ``first`` and ``second`` still to be filled per component.
         params, pattern_ids, num_slots, limits, budget: as in ``ops``.
+        executor: may do the band in its own kernels; None leaves all to PyTorch operations.
     """
     geometry, q, k = request.geometry, request.q, request.k
     num_q, num_k = q.shape[2], k.shape[2]
@@ -103,38 +126,79 @@ def select_index(
         num_q, num_k, geometry.q_offset, geometry.block_q, geometry.block_k, limits
     )
     patterns = [registry.by_number(number) for number in pattern_ids]
-    columns = torch.zeros(q.shape[0], num_slots[0], num_k, dtype=torch.bool, device=q.device)
-    distances = torch.zeros(
-        q.shape[0], num_slots[0], geometry.distance_size(num_q), dtype=torch.bool, device=q.device
-    )
-    blocks = torch.zeros(
-        q.shape[0],
-        num_slots[1],
-        geometry.num_row_blocks(num_q),
-        geometry.num_key_blocks(num_k),
-        dtype=torch.bool,
-        device=q.device,
-    )
-    for pattern in patterns:
-        band = pattern.component == "band"
-        heads = _slot_heads(params, 3 if band else 4, num_slots[0 if band else 1])
-        if heads.shape[0] == 0:
-            continue
+    listed = _choose_blocks(request, params, patterns, num_slots[1], budget, sizes[4])
+    band = [pattern for pattern in patterns if pattern.component == "band"]
+    rules = {p.rule.kind: p.rule for p in band if p.rule is not None}
+    # Two patterns of one kind, or one without a rule: their own methods say what they choose.
+    if executor is not None and num_slots[0] and geometry.right == 0 and len(rules) == len(band):
+        numbers = _numbers_by_kind(band, budget, num_k, geometry.block_q)
+        found = executor.select_band(request, params, rules, numbers, sizes[:4], num_slots[0])
+        if found is not None:
+            return _index(*found[:8], *listed, found[8])
+    columns, distances = _choose_band(request, params, band, num_slots[0], budget)
+    lists = lowering.lower_band(columns, distances, geometry, (sizes[0], sizes[1], sizes[2]))
+    return _index(*lists, *listed, params[:, 3:5].contiguous())
+
+
+def _numbers_by_kind(
+    patterns: list[Pattern], budget: float, num_k: int, block_q: int
+) -> Mapping[str, tuple[int, int]]:
+    if budget < 0:
+        return {}
+    heads = {p.rule.kind: p.from_budget(budget, num_k, block_q) for p in patterns if p.rule}
+    return {kind: (head.first, head.second) for kind, head in heads.items()}
+
+
+def _choose_band(
+    request: SelectRequest, params: Tensor, patterns: list[Pattern], num_slots: int, budget: float
+) -> tuple[Tensor, Tensor]:
+    """Columns bool [B, S, Lk] and distances bool [B, S, X] that the patterns keep."""
+    geometry, q = request.geometry, request.q
+    num_k = request.k.shape[2]
+    shape = (q.shape[0], num_slots)
+    size = geometry.distance_size(q.shape[2])
+    columns = torch.zeros(*shape, num_k, dtype=torch.bool, device=q.device)
+    distances = torch.zeros(*shape, size, dtype=torch.bool, device=q.device)
+    heads = _slot_heads(params, 3, num_slots)
+    for pattern in patterns if num_slots else []:
         first, second = _numbers(pattern, params, heads, budget, num_k, geometry.block_q)
         choice = pattern.choose(replace(request, heads=heads, first=first, second=second))
+        assert isinstance(choice, BandChoice)
         mine = (params[:, 0].long()[heads] == pattern.number)[:, None]
-        if isinstance(choice, BandChoice):
-            columns |= choice.columns & mine
-            distances |= choice.distances & mine
-        elif isinstance(choice, BlockChoice):
-            blocks |= choice.blocks & mine[..., None]
+        columns |= choice.columns & mine
+        distances |= choice.distances & mine
     # Every row keeps its own position, whatever a plug-in chose.
     distances[..., 0] = True
     if request.key_mask is not None:
         columns &= request.key_mask[:, None]
-    band = lowering.lower_band(columns, distances, geometry, (sizes[0], sizes[1], sizes[2]))
-    listed = lowering.lower_blocks(blocks, sizes[4])
-    return _index(*band, *listed, params[:, 3:5].contiguous())
+    return columns, distances
+
+
+def _choose_blocks(
+    request: SelectRequest,
+    params: Tensor,
+    patterns: list[Pattern],
+    num_slots: int,
+    budget: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor]:
+    """Block lists of all block slots, (blocks, num_blocks)."""
+    geometry, q, num_k = request.geometry, request.q, request.k.shape[2]
+    shape = (q.shape[0], num_slots, geometry.num_row_blocks(q.shape[2]))
+    if not num_slots:
+        empty = torch.empty((*shape, capacity), dtype=torch.int32, device=q.device)
+        return empty, torch.empty(shape, dtype=torch.int32, device=q.device)
+    blocks = torch.zeros(*shape, geometry.num_key_blocks(num_k), dtype=torch.bool, device=q.device)
+    heads = _slot_heads(params, 4, num_slots)
+    for pattern in patterns:
+        if pattern.component != "blocks":
+            continue
+        first, second = _numbers(pattern, params, heads, budget, num_k, geometry.block_q)
+        choice = pattern.choose(replace(request, heads=heads, first=first, second=second))
+        assert isinstance(choice, BlockChoice)
+        mine = (params[:, 0].long()[heads] == pattern.number)[:, None]
+        blocks |= choice.blocks & mine[..., None]
+    return lowering.lower_blocks(blocks, capacity)
 
 
 def full_index(

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compiler.codegen.offsets import LIMIT
 from sparse_compiler.codegen.spec import AttendSpec, power_of_two
+from sparse_compiler.errors import ShapeMismatch
 from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.runtime.attend_plan import AttendPlan, attend_plan
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
 
 __all__ = [
     "Tuning",
     "attend_spec",
     "attend_tuning",
+    "edge_lanes",
     "has_holes",
     "launch_attend",
     "rows_contiguous",
@@ -34,6 +38,7 @@ class Tuning:
     num_warps: int
     num_stages: int
     step_k: int = 64
+    max_registers: int = 0
 
 
 def attend_tuning(
@@ -64,7 +69,13 @@ def attend_tuning(
     # Three stages hide the latency of gathers, but only just leave room for a second program on a
     # Hopper multiprocessor: not with the scratch memory that a window's second test takes.
     deep = capability[0] == 9 and has_band and geometry.left < 0 and geometry.block_q < 128
-    return Tuning(num_warps=warps, num_stages=3 if deep else 2, step_k=geometry.block_k)
+    # Blackwell's assembler aims at three programs a multiprocessor and spills; two fit anyway.
+    return Tuning(
+        num_warps=warps,
+        num_stages=3 if deep else 2,
+        step_k=geometry.block_k,
+        max_registers=255 if capability[0] >= 10 else 0,
+    )
 
 
 def float32_precision() -> str:
@@ -122,10 +133,20 @@ def attend_spec(
     key_mask: Tensor | None,
     tma: bool,
     interpret: bool,
+    lse: bool = True,
+    plan: AttendPlan | None = None,
 ) -> AttendSpec:
-    """The kernel that these arguments need."""
+    """The kernel that these arguments need.
+
+    Args:
+        lse: the log-sum-exp is wanted.
+        plan: what was decided about the launch; None decides here.
+    """
+    step = min(tuning.step_k, geometry.block_k)
+    plan = plan or attend_plan(q, k, v, index, geometry, step)
     return AttendSpec(
         dtype=str(q.dtype).removeprefix("torch."),
+        kv_dtype=str(k.dtype).removeprefix("torch.") if k.dtype != q.dtype else "",
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
         groups=q.shape[1] // k.shape[1],
@@ -138,9 +159,14 @@ def attend_spec(
         has_blocks=index.blocks.shape[1] > 0 and index.blocks.shape[3] > 0,
         softcap=softcap != 0.0,
         tma=tma,
-        step_k=min(tuning.step_k, geometry.block_k),
+        step_k=step,
+        packed=plan.packed_size > 0,
+        split=plan.split.parts > 1,
+        lse=lse,
+        wide=plan.wide,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        max_registers=tuning.max_registers,
         interpret=interpret,
         precision=float32_precision(),
     )
@@ -171,64 +197,163 @@ def launch_attend(
     softcap: float,
     rows: Tensor,
     key_mask: Tensor | None,
+    kv_scales: tuple[Tensor, Tensor] | None = None,
+    plan: AttendPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run ``spec``'s kernel.
+    """Run ``spec``'s kernels.
 
     Args:
         q, k, v, index, geometry, scale, softcap, rows, key_mask: as ``Executor.attend``; last
             dimensions contiguous, scale >= 0.
+        kv_scales: (k_scale, v_scale), positive, broadcastable to [B, Hkv], of an 8-bit k and v.
+        plan: as given to ``attend_spec``.
+    Returns:
+        (out, lse); lse has no elements where the spec does not write it.
+    Raises:
+        ShapeMismatch: 32-bit offsets are too narrow for these sizes; scales do not fit [B, Hkv].
     """
+    plan = plan or attend_plan(q, k, v, index, geometry, spec.step_k)
+    _check_width(spec, plan, (q, k, v))
     batch, heads, num_q, _ = q.shape
     out = torch.empty((batch, heads, num_q, v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=q.device)
-    programs = geometry.num_row_blocks(num_q) * batch * heads
-    if not programs:
+    lse_shape = (batch, heads, num_q) if spec.lse else (0,)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    row_blocks = geometry.num_row_blocks(num_q)
+    if not row_blocks * batch * heads:
         return out, lse
+    kernels, rows = load_kernels(cache, spec), rows.contiguous()
+    mask = [key_mask.contiguous()] if spec.key_mask and key_mask is not None else []
+    scratch, grid, late = _scratch(plan, out, row_blocks, geometry.block_q)
+    outputs = [out, lse] if spec.lse else [out]
     arguments: list[Any] = [q, k, v]
     if spec.tma:
         arguments += [_descriptor(k, spec.step_k), _descriptor(v, spec.step_k)]
-    kernels = load_kernels(cache, spec)
-    lanes, num_lanes = _edge_lanes(kernels, spec, index)
-    arguments += [out, lse, index.full, index.num_full, lanes, num_lanes]
+    arguments += _packed(kernels, spec, plan, k, v, index, rows, mask, heads)
+    if spec.kv_dtype:
+        arguments += _scales(kv_scales, k)
+    arguments += [*outputs, *scratch, index.full, index.num_full]
+    arguments += edge_lanes(kernels, spec, index, plan.lanes_size)
     arguments += [index.columns, index.num_columns, index.covered, index.blocks, index.num_blocks]
-    arguments += [index.slots, rows.contiguous()]
-    if spec.key_mask:
-        assert key_mask is not None
-        mask = key_mask.contiguous()
-        arguments += [mask.view(torch.uint8), has_holes(mask, rows)]
-    for tensor in (q, k, v):
-        arguments += tensor.stride()[:3]
-    if spec.softcap:
-        arguments += [2.0 * scale / softcap * _LOG2E, softcap * _LOG2E]
-    else:
-        arguments += [scale * _LOG2E]
-    arguments += [
-        heads,
-        num_q,
-        k.shape[2],
-        geometry.left,
-        geometry.right,
-        index.full.shape[1],
-        index.blocks.shape[1],
-        index.full.shape[2],
-        index.edge.shape[2],
-        index.columns.shape[2],
-        index.covered.shape[2],
-        index.blocks.shape[3],
-    ]
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    kernels.attend[(programs,)](*arguments, **options)
+    arguments += [index.slots, rows]
+    for hidden in mask:
+        arguments += [hidden.view(torch.uint8), has_holes(hidden, rows)]
+    arguments += _numbers(spec, q, k, v, index, geometry, plan, scale, softcap)
+    kernels.attend[(grid,)](*arguments, **spec.launch_options)
+    if spec.split:
+        joined = (*scratch, rows, *outputs, heads, num_q, plan.split.first, plan.split.parts)
+        kernels.combine[(late,)](*joined, num_warps=4)
     return out, lse
 
 
-def _edge_lanes(
-    kernels: ModuleType, spec: AttendSpec, index: AttentionIndex
+def _check_width(spec: AttendSpec, plan: AttendPlan, tensors: tuple[Tensor, ...]) -> None:
+    if plan.wide and not spec.wide:
+        raise ShapeMismatch(
+            "a kernel with 32-bit offsets",
+            f"given tensors whose offsets stay below {LIMIT}",
+            tuple(tuple(t.shape) for t in tensors),
+            where="attend",
+            fix="Use a spec with wide=True.",
+        )
+
+
+def _numbers(
+    spec: AttendSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: AttentionIndex,
+    geometry: Geometry,
+    plan: AttendPlan,
+    scale: float,
+    softcap: float,
+) -> list[Any]:
+    """Strides, scales and sizes, in the order of ``codegen.emit.PLAIN_SIZES``."""
+    numbers: list[Any] = [stride for tensor in (q, k, v) for stride in tensor.stride()[:3]]
+    if spec.softcap:
+        numbers += [2.0 * scale / softcap * _LOG2E, softcap * _LOG2E]
+    else:
+        numbers += [scale * _LOG2E]
+    numbers += [q.shape[1], q.shape[2], k.shape[2], geometry.left, geometry.right]
+    numbers += [index.full.shape[1], index.blocks.shape[1], index.full.shape[2], plan.lanes_size]
+    numbers += [index.columns.shape[2], plan.packed_size]
+    numbers += [index.covered.shape[2], index.blocks.shape[3]]
+    return [*numbers, plan.split.first, plan.split.parts] if spec.split else numbers
+
+
+def _scratch(
+    plan: AttendPlan, out: Tensor, row_blocks: int, size_q: int
+) -> tuple[list[Tensor], int, int]:
+    """([partial, stats] or nothing, programs of ``attend``, programs of ``combine``)."""
+    batch, heads, _, value_dim = out.shape
+    split = plan.split
+    if split.parts == 1:
+        return [], row_blocks * batch * heads, 0
+    late = row_blocks - split.first
+    shape = (batch, heads, late * size_q, split.parts)
+    partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=out.device)
+    stats = torch.empty((*shape, 2), dtype=torch.float32, device=out.device)
+    grid = (split.first + late * split.parts) * batch * heads
+    return [partial, stats], grid, late * batch * heads
+
+
+def _scales(kv_scales: tuple[Tensor, Tensor] | None, k: Tensor) -> list[Tensor]:
+    shape = k.shape[:2]
+    if kv_scales is None:
+        return [torch.ones(shape, dtype=torch.float32, device=k.device)] * 2
+    found = []
+    for name, scales in zip(("k_scale", "v_scale"), kv_scales, strict=True):
+        try:
+            found.append(scales.to(torch.float32).expand(shape).contiguous())
+        except RuntimeError:
+            raise ShapeMismatch(
+                name, f"broadcastable to {tuple(shape)} ([B, Hkv])", tuple(scales.shape)
+            ) from None
+    return found
+
+
+def edge_lanes(
+    kernels: ModuleType, spec: AttendSpec, index: AttentionIndex, lanes_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys of the edge tiles as one list of distances per band slot, [B, S, E * N] and [B, S]."""
+    """Keys of the edge tiles as one list of distances per band slot, [B, S, lanes_size] and [B, S].
+
+    A list that does not fit gets the count -1, and ``attend`` answers NaN for its head.
+    """
     batch, slots, edges = index.edge.shape
-    lanes = index.edge.new_empty((batch, slots, edges * spec.block_k))
+    lanes = index.edge.new_empty((batch, slots, lanes_size))
     num_lanes = torch.empty_like(index.num_edge)
     if spec.has_band:
-        operands = (index.edge, index.edge_len, index.num_edge, lanes, num_lanes, edges)
+        operands = (index.edge, index.edge_len, index.num_edge, lanes, num_lanes, edges, lanes_size)
         kernels.list_lanes[(batch * slots,)](*operands, num_warps=8)
     return lanes, num_lanes
+
+
+def _packed(
+    kernels: ModuleType,
+    spec: AttendSpec,
+    plan: AttendPlan,
+    k: Tensor,
+    v: Tensor,
+    index: AttentionIndex,
+    rows: Tensor,
+    mask: list[Tensor],
+    heads: int,
+) -> list[Any]:
+    """Each head's columns as dense tiles, and their positions; nothing for an unpacked spec."""
+    if not spec.packed:
+        return []
+    shape = (k.shape[0], heads, plan.packed_size)
+    packed = [t.new_empty((*shape, t.shape[-1])) for t in (k, v)]
+    places = torch.empty(shape, dtype=torch.int32, device=k.device)
+    # Eight-bit values are copied as bytes: not every device knows them.
+    sources, targets = (
+        [t.view(torch.uint8) if t.element_size() == 1 else t for t in pair]
+        for pair in ((k, v), packed)
+    )
+    operands = [*sources, index.columns, index.num_columns, index.slots, rows.contiguous()]
+    operands += [t.view(torch.uint8) for t in mask]
+    operands += [*targets, places, *k.stride()[:3], *v.stride()[:3], heads, k.shape[2]]
+    operands += [index.columns.shape[1], index.columns.shape[2], plan.packed_size]
+    programs = shape[0] * heads * (plan.packed_size // spec.step_k)
+    kernels.pack_columns[(programs,)](*operands, num_warps=4)
+    tiles = [_descriptor(t, spec.step_k) for t in packed] if spec.tma else packed
+    return [*tiles, places]

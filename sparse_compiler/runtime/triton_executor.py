@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from torch import Tensor
 from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInvalid
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.patterns.base import BandRule, SelectRequest
 from sparse_compiler.runtime.executor import Executor, Problem
+from sparse_compiler.runtime.hopper_attend import hopper_fits, hopper_spec, launch_hopper
 from sparse_compiler.runtime.kernel_cache import KernelCache
 from sparse_compiler.runtime.triton_attend import (
     attend_spec,
@@ -22,7 +26,14 @@ from sparse_compiler.runtime.triton_attend import (
     rows_contiguous,
     tma_fits,
 )
-from sparse_compiler.runtime.triton_probe import launch_probe, probe_spec, rows_at_once
+from sparse_compiler.runtime.triton_launch import Launcher
+from sparse_compiler.runtime.triton_probe import (
+    probe_by_head,
+    probe_operands,
+    probe_spec,
+    rows_at_once,
+)
+from sparse_compiler.runtime.triton_select import select_band
 
 __all__ = ["TritonExecutor"]
 
@@ -86,6 +97,7 @@ class TritonExecutor(Executor):
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         self._cache = KernelCache(cache_dir)
+        self._launch = Launcher()
 
     def obstacles(self, problem: Problem) -> list[str]:
         found = []
@@ -123,6 +135,12 @@ class TritonExecutor(Executor):
         interpret = _interpreting()
         capability = _capability(q.device.index or 0) if q.is_cuda else (0, 0)
         hip = torch.version.hip is not None
+        options: Any = {"scale": scale, "softcap": softcap, "rows": rows, "key_mask": key_mask}
+        hopper = capability[0] == 9 and not hip
+        if hopper and hopper_fits(q, k, v, geometry, index, softcap):
+            spec = hopper_spec(q, k, v, geometry, softcap=softcap, key_mask=key_mask)
+            with device_of(q):
+                return launch_hopper(self._cache, spec, q, k, v, index, geometry, **options)
         descriptors = not interpret and not hip and capability >= (9, 0)
         tma = descriptors and tma_fits(k) and tma_fits(v)
         tuning = attend_tuning(
@@ -146,19 +164,7 @@ class TritonExecutor(Executor):
             interpret=interpret,
         )
         with device_of(q):
-            return launch_attend(
-                self._cache,
-                spec,
-                q,
-                k,
-                v,
-                index,
-                geometry,
-                scale=scale,
-                softcap=softcap,
-                rows=rows,
-                key_mask=key_mask,
-            )
+            return launch_attend(self._cache, spec, q, k, v, index, geometry, **options)
 
     def probe(
         self,
@@ -174,7 +180,7 @@ class TritonExecutor(Executor):
         num_rows: int,
     ) -> tuple[Tensor, Tensor]:
         self._check(q, k, k, 0.0)
-        q, k = rows_contiguous(q), rows_contiguous(k)
+        q, k, scale = probe_operands(q, k, scale)
         columns = distances = None
         with device_of(q):
             step = rows_at_once(q.dtype, q.shape[-1])
@@ -187,8 +193,9 @@ class TritonExecutor(Executor):
                     num_rows=min(step, num_rows - start),
                     interpret=_interpreting(),
                 )
-                part = launch_probe(
+                part = probe_by_head(
                     self._cache,
+                    self._launch,
                     spec,
                     q,
                     k,
@@ -196,7 +203,7 @@ class TritonExecutor(Executor):
                     first_row + start if start else first_row,
                     geometry,
                     scale=scale,
-                    rows=rows,
+                    rows=rows.contiguous(),
                     key_mask=key_mask,
                 )
                 columns = part[0] if columns is None else columns + part[0]
@@ -204,6 +211,29 @@ class TritonExecutor(Executor):
         assert columns is not None
         assert distances is not None
         return columns, distances
+
+    def select_band(
+        self,
+        request: SelectRequest,
+        params: Tensor,
+        rules: Mapping[str, BandRule],
+        numbers: Mapping[str, tuple[int, int]],
+        sizes: tuple[int, int, int, int],
+        num_slots: int,
+    ) -> tuple[Tensor, ...] | None:
+        _check_blocks(request.geometry)
+        with device_of(request.q):
+            return select_band(
+                self._cache,
+                self._launch,
+                request,
+                params,
+                rules,
+                numbers,
+                sizes,
+                num_slots,
+                interpret=_interpreting(),
+            )
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, softcap: float) -> None:
         if q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:

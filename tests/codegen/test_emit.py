@@ -22,7 +22,14 @@ from sparse_compiler.codegen.spec import AttendSpec, KernelSpec, ProbeSpec, powe
 GOLDEN = Path(__file__).parent / "golden"
 SPECS: dict[str, KernelSpec] = {
     "attend_band_tma": AttendSpec(
-        dtype="bfloat16", head_dim=128, value_dim=128, groups=4, tma=True, num_stages=3
+        dtype="bfloat16",
+        head_dim=128,
+        value_dim=128,
+        groups=4,
+        tma=True,
+        num_stages=3,
+        packed=True,
+        wide=False,
     ),
     "attend_everything": AttendSpec(
         dtype="float16",
@@ -34,6 +41,8 @@ SPECS: dict[str, KernelSpec] = {
         has_blocks=True,
         softcap=True,
         step_k=32,
+        kv_dtype="float8_e4m3fn",
+        split=True,
     ),
     "probe": ProbeSpec(dtype="bfloat16", head_dim=128, groups=4, num_stages=3),
 }
@@ -66,20 +75,24 @@ def test_same_spec_gives_the_same_bytes_in_another_process(name: str) -> None:
 
 
 FLAGS = ("causal", "window", "key_mask", "has_band", "has_blocks", "softcap", "tma", "interpret")
+FLAGS += ("packed", "split", "lse", "wide")
 
 
-@pytest.mark.parametrize("bits", range(2 ** len(FLAGS)))
+# An odd stride through all combinations: every pair of flags, in both values, is among them.
+@pytest.mark.parametrize("bits", range(0, 2 ** len(FLAGS), 37))
 def test_every_combination_is_complete_python(bits: int) -> None:
     flags: dict[str, Any] = {flag: bool(bits >> place & 1) for place, flag in enumerate(FLAGS)}
     for step_k in (32, 64):
-        spec = AttendSpec(
-            dtype="float32", head_dim=72, value_dim=64, groups=2, step_k=step_k, **flags
-        )
-        text = emit(spec)
+        sizes: dict[str, Any] = {"head_dim": 72, "value_dim": 64, "groups": 2, "step_k": step_k}
+        stored = "float8_e4m3fn" if step_k == 32 else ""
+        text = emit(AttendSpec(dtype="float32", kv_dtype=stored, **sizes, **flags))
         names = {
             node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
         }
         assert "attend" in names
+        assert ("combine" in names) == flags["split"]
+        assert ("pack_columns" in names) == (flags["packed"] and flags["has_band"])
+        assert ("int64" in text.partition("def attend")[2].partition("\n@")[0]) == flags["wide"]
         assert "{{" not in text
         assert "{%" not in text
         assert "\t" not in text
@@ -101,8 +114,13 @@ def test_different_specs_give_different_texts() -> None:
         replace(base, num_warps=8),
         replace(base, groups=2),
         replace(base, causal=False),
+        replace(base, packed=False),
+        replace(base, split=True),
+        replace(base, lse=False),
+        replace(base, wide=True),
+        replace(base, kv_dtype="float8_e4m3fn"),
     ]
-    assert len({emit(spec) for spec in [base, *others]}) == 5
+    assert len({emit(spec) for spec in [base, *others]}) == 10
 
 
 def test_a_misspelt_name_in_a_template_fails(monkeypatch: pytest.MonkeyPatch) -> None:

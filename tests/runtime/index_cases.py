@@ -194,3 +194,10 @@ def make_inputs(case: Case) -> Inputs:
     v = draw(case.kv_heads, case.num_k, case.value_dim)
     rows, key_mask = make_rows(case)
     return Inputs(q, k, v, make_index(case, generator), rows, key_mask)
+
+
+def make_scales(case: Case) -> tuple[Tensor, Tensor]:
+    """(k_scale, v_scale), float32 [B, Hkv], different for each head."""
+    head = torch.arange(case.batch * case.kv_heads, dtype=torch.float32)
+    head = head.view(case.batch, case.kv_heads)
+    return 0.5 + 0.25 * head, 1.5 - 0.125 * head

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from interpreted import ATTEND, PROBE
+from interpreted import ATTEND, PROBE, VARIANTS
 
 from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch
 from sparse_compiler.ir.index import AttentionIndex, Geometry
@@ -30,18 +30,24 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Errors of all cases, from one process with the interpreter switched on."""
+    """Errors of all cases, from two processes at once with the interpreter switched on."""
     program = Path(__file__).parent / "interpreted.py"
-    directory = tmp_path_factory.mktemp("interpreted")
-    done = subprocess.run(
-        [sys.executable, str(program), str(directory)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(program), str(tmp_path_factory.mktemp("interpreted")), *group],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for group in ([], ["variants"])
+    ]
+    found: dict[str, Any] = {}
+    for run in runs:
+        out, errors = run.communicate()
+        assert run.returncode == 0, errors[-4000:]
+        found |= json.loads(out.splitlines()[-1])
+    return found
 
 
 @pytest.mark.parametrize("name", ATTEND)
@@ -54,6 +60,29 @@ def test_attend_matches_the_oracle(results: dict[str, Any], name: str) -> None:
     assert result["empty"], "rows without keys must be exactly 0 and -inf"
     assert result["out"] <= limit
     assert result["lse"] <= limit
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_match_the_oracle(results: dict[str, Any], name: str) -> None:
+    result, variant = results["variants"][name], VARIANTS[name]
+    limit = TOLERANCE[variant.case.dtype]
+    stored = "" if variant.stored is None else str(variant.stored).removeprefix("torch.")
+    split, packed, wide, kv_dtype = result["spec"]
+    assert (split, wide, kv_dtype) == (variant.parts > 1, variant.wide, stored)
+    assert variant.packed is None or packed == variant.packed
+    assert result["some_rows"]
+    assert result["empty"], "rows without keys must be exactly 0 and -inf"
+    assert bool(result["lse_size"]) == variant.lse
+    assert result["out"] <= limit
+    assert result["lse"] <= limit
+
+
+def test_keys_2_to_the_31_elements_apart_need_the_wide_text(results: dict[str, Any]) -> None:
+    assert results["distant"] == {"wide": [False, True], "same": True, "refused": True}
+
+
+def test_a_list_of_single_keys_without_room_shows_as_nan(results: dict[str, Any]) -> None:
+    assert results["lanes"] == {"band": True, "others": True}
 
 
 @pytest.mark.parametrize("name", PROBE)

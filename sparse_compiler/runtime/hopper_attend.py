@@ -1,0 +1,168 @@
+"""Launching the Hopper ``attend`` kernel: its work list, its descriptors, its grid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compiler.codegen.hopper_spec import HopperSpec
+from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
+from sparse_compiler.runtime.triton_attend import has_holes, tma_fits
+
+__all__ = ["build_work_list", "hopper_fits", "hopper_spec", "launch_hopper"]
+
+_LOG2E = 1.0 / math.log(2.0)
+_FIELDS = 4  # of an item, as in work_list.py.jinja
+_BLOCKING = {(128, 64): 6, (128, 128): 3}  # (M, N) -> stages
+
+
+def hopper_fits(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, index: AttentionIndex, softcap: float
+) -> bool:
+    """Whether the Hopper kernel takes this call on sm_90; the portable one takes the others.
+
+    Needs an index of blocks alone, 16-bit inputs, D and Dv up to 128, rows in blocks of 128, and K
+    and V that the tensor memory accelerator can address.
+    """
+    return (
+        index.full.shape[1] == 0
+        and (geometry.block_q, geometry.block_k) in _BLOCKING
+        and (not softcap or geometry.block_k == 64)  # at 128 the capped scores spill registers
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and 16 <= q.shape[-1] <= 128
+        and 16 <= v.shape[-1] <= 128
+        and tma_fits(k)
+        and tma_fits(v)
+        and q.shape[0] * q.shape[1] * geometry.num_row_blocks(q.shape[2]) < 2**31
+    )
+
+
+def hopper_spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    *,
+    softcap: float,
+    key_mask: Tensor | None,
+    interpret: bool = False,
+) -> HopperSpec:
+    """The kernel that these arguments need."""
+    return HopperSpec(
+        dtype=str(q.dtype).removeprefix("torch."),
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        groups=q.shape[1] // k.shape[1],
+        causal=geometry.right >= 0,
+        window=geometry.left >= 0,
+        key_mask=key_mask is not None,
+        block_q=geometry.block_q,
+        block_k=geometry.block_k,
+        stages=_BLOCKING[geometry.block_q, geometry.block_k],
+        softcap=softcap != 0.0,
+        interpret=interpret,
+    )
+
+
+def build_work_list(
+    cache: KernelCache,
+    spec: HopperSpec,
+    index: AttentionIndex,
+    geometry: Geometry,
+    num_q: int,
+    num_k: int,
+    *,
+    rows: Tensor,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """int32 [B, Hq, row blocks, 4], see work_list.py.jinja; arguments as ``Executor.attend``."""
+    batch, heads = rows.shape[0], index.slots.shape[0]
+    row_blocks = geometry.num_row_blocks(num_q)
+    items = torch.empty((batch, heads, row_blocks, _FIELDS), dtype=torch.int32, device=rows.device)
+    operands: list[Any] = [items, rows, index.slots, index.blocks, index.num_blocks]
+    if spec.key_mask:
+        assert key_mask is not None
+        operands.append(has_holes(key_mask, rows))
+    operands += [
+        row_blocks,
+        heads,
+        num_k,
+        geometry.left,
+        geometry.right,
+        index.blocks.shape[1],
+        index.blocks.shape[3],
+    ]
+    list_spec = spec.work_list()
+    grid = (batch * heads, -(-row_blocks // list_spec.lines))
+    load_kernels(cache, list_spec).plan[grid](*operands)
+    return items
+
+
+def _descriptor(tensor: Tensor, keys: int, width: int, layout: Any) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    row = tensor.shape[-1]
+    strides = [
+        stride if length > 1 else row
+        for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, keys, width], layout)
+
+
+def launch_hopper(
+    cache: KernelCache,
+    spec: HopperSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: AttentionIndex,
+    geometry: Geometry,
+    *,
+    scale: float,
+    softcap: float,
+    rows: Tensor,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run ``spec``'s kernel; arguments and results as ``launch_attend``."""
+    batch, heads, num_q, _ = q.shape
+    num_k = k.shape[2]
+    out = torch.empty((batch, heads, num_q, v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, num_q), dtype=torch.float32, device=q.device)
+    row_blocks = geometry.num_row_blocks(num_q)
+    items = row_blocks * batch * heads
+    if not items:
+        return out, lse
+    rows = rows.contiguous()
+    mask = None if key_mask is None else key_mask.contiguous()
+    work = build_work_list(cache, spec, index, geometry, num_q, num_k, rows=rows, key_mask=mask)
+    module = load_kernels(cache, spec)
+    layout = module.TILE.value
+    arguments: list[Any] = [
+        q,
+        _descriptor(k, spec.block_k, spec.head_pad, layout),
+        _descriptor(v, spec.block_k, spec.value_pad, layout),
+    ]
+    arguments += [out, lse, work, rows, index.slots, index.blocks]
+    if mask is not None:
+        arguments.append(mask.view(torch.uint8))
+    arguments += q.stride()[:3]
+    if spec.softcap:
+        arguments += [2.0 * scale / softcap * _LOG2E, softcap * _LOG2E]
+    else:
+        arguments += [scale * _LOG2E, 0.0]
+    arguments += [
+        row_blocks,
+        heads,
+        num_q,
+        num_k,
+        geometry.left,
+        max(geometry.right, 0),
+        index.blocks.shape[1],
+        index.blocks.shape[3],
+    ]
+    module.attend[(items,)](*arguments, num_warps=spec.num_warps)
+    return out, lse

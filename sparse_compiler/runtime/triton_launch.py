@@ -1,0 +1,60 @@
+"""Launching compiled Triton kernels without the bookkeeping of a first launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Launcher"]
+
+_MOST = 4096
+
+
+class Launcher:
+    """Remembers what Triton compiled for which arguments.
+
+    ``kernel[grid](...)`` binds and classifies every argument anew, 20-40 us on the host: more than
+    a short prompt's kernel takes. What Triton specialises on is the alignment of pointers and the
+    values of strides; everything else must be a plain number of a fixed type.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        kernel: Any,
+        programs: int,
+        tensors: Sequence[Tensor],
+        strides: Sequence[int],
+        numbers: Sequence[float],
+        **options: int,
+    ) -> None:
+        """Launch ``kernel(*tensors, *strides, *numbers)`` on the current device.
+
+        Args:
+            kernel: a ``@triton.jit`` function, kept alive by its module.
+            programs: of the one-dimensional grid.
+            tensors: operands; the first is on the current device.
+            strides: integers that the kernel specialises on.
+            numbers: floats, and integers below 2**31 that it does not specialise on.
+            options: ``num_warps`` and ``num_stages``.
+        """
+        key = (
+            id(kernel),
+            tensors[0].device,
+            tuple(strides),
+            tuple([tensor.data_ptr() & 15 for tensor in tensors]),
+            *options.values(),
+        )
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[(programs, 1, 1)](*tensors, *strides, *numbers)
+            return
+        compiled = kernel[(programs,)](*tensors, *strides, *numbers, **options)
+        if compiled is not None:  # the interpreter compiles nothing
+            if len(self._compiled) >= _MOST:
+                self._compiled.clear()
+            self._compiled[key] = compiled
