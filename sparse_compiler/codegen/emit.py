@@ -48,7 +48,11 @@ PLAIN_SIZES = {
         "num_k",
         "left",
         "right",
+        "band_slots",
         "block_slots",
+        "full_size",
+        "lanes_size",
+        "columns_size",
         "blocks_size",
     ),
     "probe.py.jinja": (

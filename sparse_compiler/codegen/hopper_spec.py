@@ -1,12 +1,12 @@
-"""Specs of the Hopper kernel and of the work list that it reads."""
+"""The spec of the Hopper kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_compiler.codegen.spec import KernelSpec, power_of_two
+from sparse_compiler.codegen.spec import KernelSpec, WorkListSpec, power_of_two
 
-__all__ = ["HopperSpec", "WorkListSpec"]
+__all__ = ["HopperSpec"]
 
 _SWIZZLE = 64  # elements of two bytes in the 128 bytes that shared memory is swizzled by
 _ROWS = 64  # of one consumer
@@ -50,33 +50,21 @@ class HopperSpec(KernelSpec):
     def template(self) -> str:
         return "attend_hopper.py.jinja"
 
+    @property
     def work_list(self) -> WorkListSpec:
-        """The kernel that prepares this one's list."""
+        """The kernel that plans this one's work."""
         return WorkListSpec(
-            dtype=self.dtype,
-            head_dim=self.head_dim,
-            groups=self.groups,
             causal=self.causal,
             window=self.window,
             key_mask=self.key_mask,
             block_q=self.block_q,
             block_k=self.block_k,
+            step_k=self.block_k,
+            has_band=False,
+            has_blocks=True,
             interpret=self.interpret,
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class WorkListSpec(KernelSpec):
-    """The ``plan`` kernel; fields as in ``HopperSpec``.
-
-    Args:
-        lines: row blocks of one program.
-    """
-
-    block_q: int = 128
-    block_k: int = 128
-    lines: int = 128
-
     @property
-    def template(self) -> str:
-        return "work_list.py.jinja"
+    def item_fields(self) -> int:
+        return self.work_list.item_fields

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["DTYPES", "KV_DTYPES", "AttendSpec", "KernelSpec", "ProbeSpec", "power_of_two"]
+__all__ = [
+    "DTYPES",
+    "KV_DTYPES",
+    "AttendSpec",
+    "KernelSpec",
+    "ProbeSpec",
+    "WorkListSpec",
+    "power_of_two",
+]
 
 DTYPES = ("float16", "bfloat16", "float32")
 KV_DTYPES = ("", "float8_e4m3fn")
@@ -64,6 +72,39 @@ class KernelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkListSpec(KernelSpec):
+    """The kernel that plans each row block's work before ``attend``.
+
+    Its text depends on no dtype or head size: those are fixed, so that all attentions share it.
+
+    Args:
+        block_q, block_k, step_k, has_band, has_blocks, packed: as in ``AttendSpec``.
+        lines: row blocks of one program.
+    """
+
+    dtype: str = "bfloat16"
+    head_dim: int = 16
+    groups: int = 1
+    block_q: int = 64
+    block_k: int = 64
+    step_k: int = 64
+    has_band: bool = True
+    has_blocks: bool = False
+    packed: bool = False
+    lines: int = 64
+    num_warps: int = 2
+
+    @property
+    def item_fields(self) -> int:
+        """Numbers of one item; the template says which."""
+        return (12 if self.packed else 8) if self.has_band else 4
+
+    @property
+    def template(self) -> str:
+        return "work_list.py.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttendSpec(KernelSpec):
     """The kernel of ``attend``: all heads of a layer, whatever their patterns, in one launch.
 
@@ -118,6 +159,26 @@ class AttendSpec(KernelSpec):
     def parts(self) -> int:
         """Steps of one tile."""
         return self.block_k // self.step_k
+
+    @property
+    def work_list(self) -> WorkListSpec:
+        """The kernel that plans this one's work."""
+        return WorkListSpec(
+            causal=self.causal,
+            window=self.window,
+            key_mask=self.key_mask,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            step_k=self.step_k,
+            has_band=self.has_band,
+            has_blocks=self.has_blocks,
+            packed=self.packed,
+            interpret=self.interpret,
+        )
+
+    @property
+    def item_fields(self) -> int:
+        return self.work_list.item_fields
 
     @property
     def keys_dtype(self) -> str:

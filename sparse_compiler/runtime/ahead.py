@@ -45,7 +45,7 @@ _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _BYTES = {"key_mask": "*u8", "covered": "*u8"}
 _FLOATS = {"scale": "fp32", "cap": "fp32"}
 _LONG = {"heads": "*i64", "first_row": "*i64"}
-_FLOAT_POINTERS = {"lse", "tops", "totals"}
+_FLOAT_POINTERS = {"lse", "scores", "tops", "totals"}
 
 
 @dataclass(frozen=True)

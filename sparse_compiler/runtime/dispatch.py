@@ -180,9 +180,7 @@ def select_keys(
         probe=probe,
     )
     with recorder.timed(site, q.device) as record:
-        index = select.select_index(
-            request, params, pattern_ids, num_slots, limits, budget, runner
-        )
+        index = select.select_index(request, params, pattern_ids, num_slots, limits, budget, runner)
         record(index, geometry, rows, num_q, num_k)
     return index.tensors()
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from sparse_compiler.codegen.hopper_spec import HopperSpec
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
-from sparse_compiler.runtime.triton_attend import has_holes, tma_fits
+from sparse_compiler.runtime.triton_attend import tma_fits
+from sparse_compiler.runtime.work_list import build_work_list
 
-__all__ = ["build_work_list", "hopper_fits", "hopper_spec", "launch_hopper"]
+__all__ = ["hopper_fits", "hopper_spec", "launch_hopper"]
 
 _LOG2E = 1.0 / math.log(2.0)
-_FIELDS = 4  # of an item, as in work_list.py.jinja
 _BLOCKING = {(128, 64): 6, (128, 128): 3}  # (M, N) -> stages
 
 
@@ -68,40 +68,6 @@ def hopper_spec(
     )
 
 
-def build_work_list(
-    cache: KernelCache,
-    spec: HopperSpec,
-    index: AttentionIndex,
-    geometry: Geometry,
-    num_q: int,
-    num_k: int,
-    *,
-    rows: Tensor,
-    key_mask: Tensor | None,
-) -> Tensor:
-    """int32 [B, Hq, row blocks, 4], see work_list.py.jinja; arguments as ``Executor.attend``."""
-    batch, heads = rows.shape[0], index.slots.shape[0]
-    row_blocks = geometry.num_row_blocks(num_q)
-    items = torch.empty((batch, heads, row_blocks, _FIELDS), dtype=torch.int32, device=rows.device)
-    operands: list[Any] = [items, rows, index.slots, index.blocks, index.num_blocks]
-    if spec.key_mask:
-        assert key_mask is not None
-        operands.append(has_holes(key_mask, rows))
-    operands += [
-        row_blocks,
-        heads,
-        num_k,
-        geometry.left,
-        geometry.right,
-        index.blocks.shape[1],
-        index.blocks.shape[3],
-    ]
-    list_spec = spec.work_list()
-    grid = (batch * heads, -(-row_blocks // list_spec.lines))
-    load_kernels(cache, list_spec).plan[grid](*operands)
-    return items
-
-
 def _descriptor(tensor: Tensor, keys: int, width: int, layout: Any) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -138,7 +104,9 @@ def launch_hopper(
         return out, lse
     rows = rows.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
-    work = build_work_list(cache, spec, index, geometry, num_q, num_k, rows=rows, key_mask=mask)
+    work = build_work_list(
+        cache, spec.work_list, index, geometry, num_q, num_k, rows=rows, key_mask=mask
+    )
     module = load_kernels(cache, spec)
     layout = module.TILE.value
     arguments: list[Any] = [

@@ -16,13 +16,13 @@ from sparse_compiler.errors import ShapeMismatch
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.runtime.attend_plan import AttendPlan, attend_plan
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
+from sparse_compiler.runtime.work_list import build_work_list
 
 __all__ = [
     "Tuning",
     "attend_spec",
     "attend_tuning",
     "edge_lanes",
-    "has_holes",
     "launch_attend",
     "rows_contiguous",
     "tma_fits",
@@ -111,14 +111,6 @@ def tma_fits(tensor: Tensor) -> bool:
         and all(0 < stride < 2**40 and stride % 16 == 0 for stride in strides)
         and all(length < 2**31 for length in tensor.shape)
     )
-
-
-def has_holes(key_mask: Tensor, rows: Tensor) -> Tensor:
-    """int32 [B], 1 where ``key_mask`` hides a key inside kv_start..kv_start+kv_len; no host sync."""
-    key = torch.arange(key_mask.shape[1], device=key_mask.device)
-    start, length = rows[:, 3:4], rows[:, 4:5]
-    inside = (key >= start) & (key < start + length)
-    return (inside & ~key_mask).any(dim=1).to(torch.int32)
 
 
 def attend_spec(
@@ -231,12 +223,21 @@ def launch_attend(
     arguments += _packed(kernels, spec, plan, k, v, index, rows, mask, heads)
     if spec.kv_dtype:
         arguments += _scales(kv_scales, k)
-    arguments += [*outputs, *scratch, index.full, index.num_full]
-    arguments += edge_lanes(kernels, spec, index, plan.lanes_size)
-    arguments += [index.columns, index.num_columns, index.covered, index.blocks, index.num_blocks]
-    arguments += [index.slots, rows]
-    for hidden in mask:
-        arguments += [hidden.view(torch.uint8), has_holes(hidden, rows)]
+    lanes = edge_lanes(kernels, spec, index, plan.lanes_size)
+    work = build_work_list(
+        cache,
+        spec.work_list,
+        index,
+        geometry,
+        num_q,
+        k.shape[2],
+        rows=rows,
+        key_mask=mask[0] if mask else None,
+        lanes=lanes,
+    )
+    arguments += [*outputs, *scratch, index.full, lanes[0], index.columns, index.covered]
+    arguments += [index.blocks, index.slots, rows, work]
+    arguments += [hidden.view(torch.uint8) for hidden in mask]
     arguments += _numbers(spec, q, k, v, index, geometry, plan, scale, softcap)
     kernels.attend[(grid,)](*arguments, **spec.launch_options)
     if spec.split:

@@ -57,13 +57,16 @@ def rows_at_once(dtype: torch.dtype, dim: int) -> int:
     return 32 if dtype == torch.float32 and dim > 128 else 64
 
 
-def heads_at_once(dtype: torch.dtype, dim: int, groups: int) -> int:
+def heads_at_once(
+    dtype: torch.dtype, dim: int, groups: int, capability: tuple[int, int] = (9, 0)
+) -> int:
     """Heads of a group that one program serves, so that it reads each key once for all."""
     if torch.version.hip is not None:  # a third of the shared memory
         return 1
     pad = 1 << (dim - 1).bit_length()
     fitting = _QUERY_BYTES // (rows_at_once(dtype, dim) * pad * dtype.itemsize)
-    wanted = 4 if groups >= 3 else groups
+    # Products of other devices than Hopper leave no registers for four heads.
+    wanted = 4 if groups >= 3 and capability[0] == 9 else min(groups, 2)
     return max(1, min(wanted, fitting))
 
 
@@ -98,13 +101,19 @@ def probe_spec(
         window=geometry.left >= 0,
         key_mask=key_mask is not None,
         num_rows=num_rows,
-        heads=heads_at_once(q.dtype, q.shape[-1], groups),
+        heads=heads_at_once(q.dtype, q.shape[-1], groups, _capability(q.device)),
         last_rows=last_rows,
         num_warps=4,
         num_stages=1 if wide else 2,
         interpret=interpret,
         precision=float32_precision(),
     )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; Hopper's for the interpreter, which shows its kernels."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_compiler.codegen.select_spec import MAX_TILE, SelectSpec
 from sparse_compiler.codegen.spec import power_of_two
 from sparse_compiler.ir.index import Geometry
-from sparse_compiler.patterns.base import BandRule, SelectRequest
+from sparse_compiler.patterns.base import BandRule, Limits, SelectRequest
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
 from sparse_compiler.runtime.triton_launch import Launcher
 from sparse_compiler.runtime.triton_probe import (
@@ -106,9 +106,9 @@ def launch_select(
     lines = batch * num_slots
     kept_size = size if most_distances < 0 else min(size, most_distances)
     scratch = torch.empty(
-        4 * lines * spec.tile + lines * (kept_size + 1), dtype=torch.int32, device=device
+        2 * lines * spec.tile + lines * (kept_size + 1), dtype=torch.int32, device=device
     )
-    candidates, kept, num_kept = scratch.split([4 * lines * spec.tile, lines * kept_size, lines])
+    candidates, kept, num_kept = scratch.split([2 * lines * spec.tile, lines * kept_size, lines])
     row_size = 0 if scores is None else scores.row_size
     slices = -(-size // spec.items)
     plain = [params.shape[0], num_slots, num_k, geometry.left, size, row_size, kept_size]
@@ -176,15 +176,11 @@ def select_band(
             rows=rows,
             key_mask=key_mask,
         )
-    asked = [
-        size if most < 0 else most
-        for most, size in ((limits.columns, num_k), (limits.distances, sizes[3]))
-    ]
     selection = select_spec(
         rules,
         heads=params.shape[0],
         geometry=geometry,
-        most=max(asked),
+        most=_most(limits, num_k, sizes[3]),
         longest=max(num_k, sizes[3]),
         key_mask=key_mask is not None,
         interpret=interpret,
@@ -205,3 +201,9 @@ def select_band(
         rows=rows,
         key_mask=key_mask,
     )
+
+
+def _most(limits: Limits, num_k: int, size: int) -> int:
+    """Columns or distances that one head may list."""
+    columns = num_k if limits.columns < 0 else limits.columns
+    return max(columns, size if limits.distances < 0 else limits.distances)

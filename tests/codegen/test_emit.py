@@ -44,7 +44,7 @@ SPECS: dict[str, KernelSpec] = {
         kv_dtype="float8_e4m3fn",
         split=True,
     ),
-    "probe": ProbeSpec(dtype="bfloat16", head_dim=128, groups=4, num_stages=3),
+    "probe": ProbeSpec(dtype="bfloat16", head_dim=128, groups=4, heads=4, last_rows=True),
 }
 
 

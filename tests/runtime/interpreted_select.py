@@ -262,9 +262,7 @@ def the_whole_selection_agrees(
     want = layer.by_pytorch(replace(request, probe=probe))
     patterns = [registry.by_number(number) for number in {head[0] for head in layer.heads}]
     rules = {pattern.rule.kind: pattern.rule for pattern in patterns if pattern.rule}
-    numbers = select._numbers_by_kind(
-        patterns, layer.budget, layer.num_k, layer.geometry.block_q
-    )
+    numbers = select._numbers_by_kind(patterns, layer.budget, layer.num_k, layer.geometry.block_q)
     got = EXECUTOR.select_band(
         request, layer.params(), rules, numbers, layer.sizes()[:4], len(layer.heads)
     )

@@ -20,9 +20,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from index_cases import Case, Inputs, make_inputs  # noqa: E402
 
 from sparse_compiler.codegen.hopper_spec import HopperSpec  # noqa: E402
-from sparse_compiler.runtime.hopper_attend import build_work_list, hopper_spec  # noqa: E402
+from sparse_compiler.runtime.hopper_attend import hopper_spec  # noqa: E402
 from sparse_compiler.runtime.kernel_cache import KernelCache  # noqa: E402
 from sparse_compiler.runtime.reference import allowed_pairs, covered_pairs  # noqa: E402
+from sparse_compiler.runtime.work_list import build_work_list  # noqa: E402
 
 BASE = Case(
     batch=1,
@@ -65,10 +66,10 @@ def _tiles(
 ) -> list[tuple[str, torch.Tensor]]:
     """(kind, keys) of every tile of one item, in the order of the kernel."""
     index = inputs.index
-    low, plain, before, after = items[b, h, m].tolist()
+    begin, low, high, finish = items[b, h, m].tolist()
+    plain = high - low
     slot = int(index.slots[h, 1])
-    where = list(range(low, low + plain)) + list(range(low - 1, low - 1 - before, -1))
-    where += range(low + plain, low + plain + after)
+    where = [*range(low, high), *range(low - 1, begin - 1, -1), *range(high, finish)]
     tiles = []
     for place, at in enumerate(where):
         start = int(index.blocks[b, slot, m, at]) * spec.block_k
@@ -117,7 +118,7 @@ def complaint(case: Case, cache: KernelCache) -> str:
     )
     items = build_work_list(
         cache,
-        spec,
+        spec.work_list,
         inputs.index,
         case.geometry,
         case.num_q,

@@ -19,8 +19,9 @@ from interpreted import ATTEND, PROBE, VARIANTS
 from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.runtime.executor import Problem
-from sparse_compiler.runtime.triton_attend import has_holes, tma_fits
+from sparse_compiler.runtime.triton_attend import tma_fits
 from sparse_compiler.runtime.triton_executor import TritonExecutor
+from sparse_compiler.runtime.work_list import has_holes
 
 pytest.importorskip("triton")
 
