@@ -66,6 +66,8 @@ def attend_tuning(
         return Tuning(num_warps=8 if dim > 128 else warps, num_stages=1, step_k=32)
     if dim > 128:
         return Tuning(num_warps=8, num_stages=2, step_k=32)
+    if dim > 64 and (8, 0) <= capability < (9, 0):
+        return Tuning(num_warps=warps, num_stages=2, step_k=32)  # 64 keys spill 24 bytes
     # Three stages hide the latency of gathers, but only just leave room for a second program on a
     # Hopper multiprocessor: not with the scratch memory that a window's second test takes.
     deep = capability[0] == 9 and has_band and geometry.left < 0 and geometry.block_q < 128

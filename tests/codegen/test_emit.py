@@ -17,7 +17,14 @@ import pytest
 
 from sparse_compiler.codegen import emit as emit_module
 from sparse_compiler.codegen.emit import emit
-from sparse_compiler.codegen.spec import AttendSpec, KernelSpec, ProbeSpec, power_of_two
+from sparse_compiler.codegen.hopper_spec import HopperSpec
+from sparse_compiler.codegen.spec import (
+    AttendSpec,
+    KernelSpec,
+    ProbeSpec,
+    WorkListSpec,
+    power_of_two,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECS: dict[str, KernelSpec] = {
@@ -44,6 +51,8 @@ SPECS: dict[str, KernelSpec] = {
         kv_dtype="float8_e4m3fn",
         split=True,
     ),
+    "attend_hopper": HopperSpec(dtype="bfloat16", head_dim=128, value_dim=128, groups=4),
+    "work_list": WorkListSpec(packed=True, has_blocks=True, window=True, key_mask=True),
     "probe": ProbeSpec(dtype="bfloat16", head_dim=128, groups=4, heads=4, last_rows=True),
 }
 
