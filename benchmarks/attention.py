@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -137,6 +137,7 @@ def measure(
     result |= {f"{name}_failed": text for name, text in timing.failed.items()}
     for name, times in timing.ms.items():
         result[f"{name}_ms"] = timing.median(name)
+        result[f"{name}_host_ms"] = median(timing.host_ms[name])
         result[f"{name}_rounds"] = len(times)
         result[f"{name}_peak_mib"] = timing.peak_mib[name]
     result |= _rates(result, work, q.shape[3])

@@ -114,6 +114,7 @@ def _capability(name: str, device_type: str) -> Capability | str:
         min_queries=executor.min_queries,
         auto=executor.auto,
         obstacles=obstacles,
+        tile=executor.tile,
     )
 
 

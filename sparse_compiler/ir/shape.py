@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from sparse_compiler.errors import ShapeMismatch
 
-__all__ = ["DTYPE_BYTES", "SiteShape"]
+__all__ = ["DTYPE_BYTES", "SiteShape", "Tile"]
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -73,3 +73,17 @@ class SiteShape:
             f"/{self.value_dim}" if self.value_dim != self.head_dim else ""
         )
         return f"{batch}{self.heads}x{self.kv_heads}x{length}x{size}:{self.dtype}"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What an executor wants for one site.
+
+    Args:
+        block_q, block_k: row and key block (M, N) of the site's index.
+        min_tokens: length from which sparse attention is expected to win.
+    """
+
+    block_q: int
+    block_k: int
+    min_tokens: int

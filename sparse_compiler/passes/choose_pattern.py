@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -9,11 +11,14 @@ from sparse_compiler.config import ANY, PatternTable
 from sparse_compiler.ir.mask import Proved
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns, fewest_queries
 from sparse_compiler.ir.report import Code, Condition, PassReport
+from sparse_compiler.ir.shape import DTYPE_BYTES, SiteShape
 from sparse_compiler.ir.site import AttentionSite
 from sparse_compiler.passes.context import Capability, Decision, PassContext, SiteState
 from sparse_compiler.patterns import policy, registry
 
 __all__ = ["choose_pattern"]
+
+_LONG = 131072  # tokens, where a size is dynamic
 
 
 def choose_pattern(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
@@ -43,13 +48,45 @@ def _choose(state: SiteState, ctx: PassContext) -> None:
     _check_gradients(state, site, ctx)
     capability = _check_executor(state, site, ctx)
     _check_call(state, site)
-    minimum = 0 if capability is None else _minimum(ctx, capability)
-    if capability is not None:
-        _check_sizes(state, site, minimum, capability)
     auto = registry.get("vertical_slash").default() if capability is None else capability.auto
+    known = len(state.conditions)
     patterns = _patterns(state, site, ctx, auto)
+    of_patterns = state.conditions[known:]
+    del state.conditions[known:]
+    minimum = 0
+    if capability is not None:
+        if patterns is not None:
+            capability = replace(capability, **vars(capability.tile(_shape(site), patterns)))
+        minimum = _minimum(ctx, capability)
+        _check_sizes(state, site, minimum, capability)
+    state.conditions += of_patterns
     if capability is not None and patterns is not None and not state.conditions:
         state.decision = Decision(patterns, capability, minimum)
+
+
+def _shape(site: AttentionSite) -> SiteShape | None:
+    """Sizes of the call; a dynamic length counts as a long one. None for what no model describes."""
+    heads, num_q = (_likely(size, _LONG) for size in site.query_shape[1:3])
+    batch, kv_heads = (_likely(size, 1) for size in site.key_shape[:2])
+    num_k = _likely(site.key_shape[2], _LONG)
+    q, _, v = (n.meta["example_value"] for n in (site.query, site.key, site.value))
+    dtype = str(q.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES or min(batch, heads, num_q, num_k) < 1 or heads % kv_heads:
+        return None
+    return SiteShape(
+        batch,
+        heads,
+        kv_heads,
+        min(num_q, num_k),
+        num_k,
+        int(q.shape[3]),
+        int(v.shape[3]),
+        dtype=dtype,
+    )
+
+
+def _likely(size: int | torch.SymInt, otherwise: int) -> int:
+    return size if isinstance(size, int) else otherwise
 
 
 def _minimum(ctx: PassContext, capability: Capability) -> int:

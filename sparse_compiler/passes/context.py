@@ -12,6 +12,7 @@ from sparse_compiler.config import SparseConfig
 from sparse_compiler.ir.mask import MaskProof
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.report import Code, Condition, Report, SiteReport
+from sparse_compiler.ir.shape import SiteShape, Tile
 from sparse_compiler.ir.site import AttentionSite
 
 __all__ = ["META", "Capability", "Decision", "PassContext", "SiteState"]
@@ -30,6 +31,7 @@ class Capability:
         min_tokens, min_queries: below these dense attention is expected to win.
         auto: what a causal head gets when nobody said anything about it.
         obstacles: ``(dtype, head_dim, value_dim, groups, softcap) -> reasons``.
+        tile: the blocking that it wants for one site, which replaces the three numbers above.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Capability:
     min_queries: int
     auto: HeadPattern
     obstacles: Callable[..., list[str]]
+    tile: Callable[[SiteShape | None, LayerPatterns], Tile]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_compiler.ir.index import AttentionIndex, Geometry
-from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
+from sparse_compiler.ir.shape import SiteShape, Tile
 from sparse_compiler.patterns.base import BandRule, SelectRequest
 
 __all__ = ["Executor", "Problem"]
@@ -60,6 +61,16 @@ class Executor(ABC):
     @abstractmethod
     def obstacles(self, problem: Problem) -> list[str]:
         """Every reason why this executor cannot take ``problem``; empty if it can."""
+
+    def tile(self, shape: SiteShape | None, patterns: LayerPatterns) -> Tile:
+        """The blocking for one site, chosen when its graph is compiled.
+
+        Args:
+            shape: of the call, or of a likely one where sizes are dynamic; None where nothing is
+                known of it.
+            patterns: of its heads.
+        """
+        return Tile(self.block_q, self.block_k, self.min_tokens)
 
     @abstractmethod
     def probe(

@@ -33,6 +33,7 @@ def hopper_fits(
         and (geometry.block_q, geometry.block_k) in _BLOCKING
         and (not softcap or geometry.block_k == 64)  # at 128 the capped scores spill registers
         and q.dtype in (torch.float16, torch.bfloat16)
+        and k.dtype == v.dtype == q.dtype
         and 16 <= q.shape[-1] <= 128
         and 16 <= v.shape[-1] <= 128
         and tma_fits(k)

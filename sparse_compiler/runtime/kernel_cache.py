@@ -130,8 +130,10 @@ class KernelCache:
     def note_site(self, module: ModuleType) -> None:
         """Write down that the asking site (``requester``) uses this module; once per process."""
         site = current_site()
+        if not site:
+            return
         path = Path(module.__file__ or "")
-        if not site or (path.stem, site) in self._asked:
+        if (path.stem, site) in self._asked:
             return
         self._asked.add((path.stem, site))
         _add_site(path, site)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compiler.codegen.choose import break_even_tokens, choose_tile
 from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInvalid
 from sparse_compiler.ir.index import AttentionIndex, Geometry
-from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
+from sparse_compiler.ir.shape import SiteShape, Tile
 from sparse_compiler.patterns.base import BandRule, SelectRequest
 from sparse_compiler.runtime.executor import Executor, Problem
 from sparse_compiler.runtime.hopper_attend import hopper_fits, hopper_spec, launch_hopper
@@ -34,9 +36,12 @@ from sparse_compiler.runtime.triton_probe import (
     rows_at_once,
 )
 from sparse_compiler.runtime.triton_select import select_band
+from sparse_compiler.runtime.tune import Loaded, load_constants
 
 __all__ = ["TritonExecutor"]
 
+#: Lengths for which the break-even of the cost model is trusted.
+_SHORTEST, _NEVER = 4096, 2**30
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -71,6 +76,27 @@ def _device_obstacles() -> list[str]:
     if torch.version.hip is None and capability < (8, 0):
         return [f"compute capability {capability[0]}.{capability[1]} is below 8.0"]
     return []
+
+
+@lru_cache(maxsize=16)
+def _constants(device: str) -> Loaded:
+    return load_constants(device)
+
+
+@lru_cache(maxsize=256)
+def _tile(shape: SiteShape, patterns: LayerPatterns, usual: Tile, device: str) -> Tile:
+    """The fastest tile by the fitted cost model; the usual one where nothing was measured."""
+    loaded = _constants(device)
+    if loaded.code == "ESTIMATE":
+        return usual
+    constants, target = loaded.constants, loaded.target
+    ranking = choose_tile(shape, patterns, constants, target=target, reports=loaded.reports)
+    if ranking.tile is None:
+        return usual
+    tokens = break_even_tokens(shape, patterns, constants, target=target)
+    # Where dense always wins by the model, say so by a length that no prompt has.
+    tokens = _NEVER if tokens is None else max(tokens, _SHORTEST)
+    return Tile(ranking.tile.block_q, ranking.tile.block_k, tokens)
 
 
 def _check_blocks(geometry: Geometry) -> None:
@@ -114,6 +140,12 @@ class TritonExecutor(Executor):
                 found.append(f"{what} size {size} is not in 16..256")
         return found
 
+    def tile(self, shape: SiteShape | None, patterns: LayerPatterns) -> Tile:
+        usual = super().tile(shape, patterns)
+        if shape is None or not torch.cuda.is_available():
+            return usual
+        return _tile(shape, patterns, usual, torch.cuda.get_device_name())
+
     def attend(
         self,
         q: Tensor,
@@ -126,7 +158,14 @@ class TritonExecutor(Executor):
         softcap: float,
         rows: Tensor,
         key_mask: Tensor | None,
+        kv_scales: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """As ``Executor.attend``.
+
+        Args:
+            kv_scales: positive (k_scale, v_scale), broadcastable to [B, Hkv], of a k and v in
+                float8_e4m3fn; None is 1.
+        """
         self._check(q, k, v, softcap)
         _check_blocks(geometry)
         if scale < 0:
@@ -164,7 +203,9 @@ class TritonExecutor(Executor):
             interpret=interpret,
         )
         with device_of(q):
-            return launch_attend(self._cache, spec, q, k, v, index, geometry, **options)
+            return launch_attend(
+                self._cache, spec, q, k, v, index, geometry, kv_scales=kv_scales, **options
+            )
 
     def probe(
         self,
@@ -242,12 +283,21 @@ class TritonExecutor(Executor):
                 "[B, Hq, Lq, D], [B, Hkv, Lk, D] and [B, Hkv, Lk, Dv] with Hq a multiple of Hkv",
                 (tuple(q.shape), tuple(k.shape), tuple(v.shape)),
             )
-        if not q.dtype == k.dtype == v.dtype:
-            raise TensorInvalid("q, k and v", "of one dtype", (q.dtype, k.dtype, v.dtype))
+        eight_bit = k.dtype == v.dtype == torch.float8_e4m3fn
+        if not eight_bit and not q.dtype == k.dtype == v.dtype:
+            raise TensorInvalid(
+                "q, k and v",
+                "of one dtype, or k and v of float8_e4m3fn",
+                (q.dtype, k.dtype, v.dtype),
+            )
         problem = Problem(
             q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[1] // k.shape[1], softcap
         )
         found = self.obstacles(problem)
+        if eight_bit and q.is_cuda and torch.version.hip is None:
+            capability = _capability(q.device.index or 0)
+            if capability < (8, 9):
+                found.append(f"float8 needs compute capability 8.9, not {capability}")
         if found:
             raise ExecutorUnavailable(
                 "executor 'triton'", "able to run this attention", "; ".join(found)
