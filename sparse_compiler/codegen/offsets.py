@@ -82,10 +82,10 @@ ATTEND_OPERANDS: dict[str, Operand] = {
     "out": Operand(
         ((_b * _H + _h) * _LQ + _row) * _DV + _c, (_BATCH, (_h, _H), (_row, _ROWS), (_c, _DV))
     ),
-    # An item of the work list has at most 12 numbers.
+    # An item of the work list has at most 11 numbers.
     "work": Operand(
-        ((_b * _H + _h) * _R + _m) * 12 + _i,
-        (_BATCH, (_h, _H), (_m, _R), (_i, sympy.Integer(12))),
+        ((_b * _H + _h) * _R + _m) * 11 + _i,
+        (_BATCH, (_h, _H), (_m, _R), (_i, sympy.Integer(11))),
     ),
     "full": Operand((_b * _S + _s) * _F + _i, (_BATCH, _BAND, (_i, _F))),
     "lanes": Operand((_b * _S + _s) * _E + _i, (_BATCH, _BAND, (_i, _E))),

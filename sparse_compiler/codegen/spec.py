@@ -97,7 +97,9 @@ class WorkListSpec(KernelSpec):
     @property
     def item_fields(self) -> int:
         """Numbers of one item; the template says which."""
-        return (12 if self.packed else 8) if self.has_band else 4
+        if not self.has_band:
+            return 4
+        return (11 if self.window else 9) if self.packed else 8
 
     @property
     def template(self) -> str:

@@ -61,16 +61,17 @@ def _fused(
     """PyTorch's own kernels, asked for directly because they also return lse; None if none fits."""
     num_q, aten = q.shape[2], torch.ops.aten
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
     if q.device.type == "cpu" and q.shape[3] == v.shape[3]:
+        if groups > 1:
+            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, scale=scale
         )
         return out, lse.float()
     if q.device.type != "cuda":
         return None
-    params = SDPAParams(q, k, v, None, 0.0, causal, False)
+    # The CUDA kernels read the smaller K and V of grouped queries as they are.
+    params = SDPAParams(q, k, v, None, 0.0, causal, groups > 1)
     if can_use_cudnn_attention(params):
         found = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale

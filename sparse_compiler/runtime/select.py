@@ -247,8 +247,9 @@ def empty_index(
         num_slots,
         limits,
     )
+    # Only counts are read of an index without entries.
     tensors = {
-        name: torch.zeros(
+        name: (torch.zeros if name.startswith("num_") else torch.empty)(
             shape, dtype=torch.uint8 if name == "covered" else torch.int32, device=q.device
         )
         for name, shape in shapes.items()
