@@ -260,11 +260,15 @@ def amounts_sparse(
         parts: bytes of partial results of split rows.
     """
     area = block_q * block_k
+    fixed = _fixed(shape, block_q)
+    # Row blocks that run together are neighbours, and a band's keys lie at the same distances from
+    # each: what is in flight fits the L2 cache. Blocks may lie anywhere.
+    fixed["working_set"] *= covered.blocks / max(covered.total, 1.0)
     return Amounts(
         tiles=covered.total / area,
         asked=min(covered.wanted, covered.total) / area,
         **_tile(shape, block_q, block_k),
-        **_fixed(shape, block_q),
+        **fixed,
         gathered=(covered.edge + covered.columns) / block_q,
         tested=covered.columns / block_q,
         launches=launches,

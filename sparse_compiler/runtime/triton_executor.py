@@ -91,12 +91,15 @@ def _tile(shape: SiteShape, patterns: LayerPatterns, usual: Tile, device: str) -
         return usual
     constants, target = loaded.constants, loaded.target
     ranking = choose_tile(shape, patterns, constants, target=target, reports=loaded.reports)
-    if ranking.tile is None:
+    # Patterns count key blocks, so their size stays; how many rows share them is free.
+    same_keys = (r.candidate for r in ranking.ranked if r.feasible)
+    tile = next((c for c in same_keys if c.block_k == usual.block_k), None)
+    if tile is None:
         return usual
     tokens = break_even_tokens(shape, patterns, constants, target=target)
     # Where dense always wins by the model, say so by a length that no prompt has.
     tokens = _NEVER if tokens is None else max(tokens, _SHORTEST)
-    return Tile(ranking.tile.block_q, ranking.tile.block_k, tokens)
+    return Tile(tile.block_q, tile.block_k, tokens)
 
 
 def _check_blocks(geometry: Geometry) -> None:

@@ -120,7 +120,8 @@ def test_registers_of_a_program_are_limited_together() -> None:
 
 
 def test_a_measured_density_replaces_the_estimate() -> None:
-    ranking = choose_tile(site(131072), SLASH, H200, density=0.05)
+    tiles = {**H200.tiles, "plain:128x64": H200.tiles["plain:64x64"]}
+    ranking = choose_tile(site(131072), SLASH, replace(H200, tiles=tiles), density=0.05)
     assert ranking.of(Candidate("plain", 64, 64)).density == pytest.approx(0.05)
     wide = ranking.of(Candidate("plain", 128, 64)).density
     assert 0.05 < wide < 0.1, "wider rows cover more, less than twice"
