@@ -13,6 +13,9 @@ so that one graph can serve several layers. ``min_tokens``: with fewer keys than
 not built and ``attend`` computes dense attention; the choice is made from sizes at run time, since
 a graph with dynamic shapes serves short and long prompts.
 
+What an index list holds past its count is undefined. CUDA graphs leave the operators out: statistics
+outlive a call.
+
 Arguments shared by all three
     rows: int32 [B, 5] on the device, or None: (q_start, q_len, q_offset, kv_start, kv_len) of each
         batch entry. None means all rows and keys, ``q_offset`` from the argument of that name.
@@ -44,18 +47,22 @@ _INDEX = (
     "Tensor slots"
 )
 
+_TAGS = tuple(getattr(torch.Tag, n) for n in ("cudagraph_unsafe",) if hasattr(torch.Tag, n))
 _LIBRARY.define(
     "summarize_keys(Tensor k, Tensor? rows, Tensor? key_mask, int block_k, int[] pattern_ids, "
-    f"{_CHOICE}) -> Tensor"
+    f"{_CHOICE}) -> Tensor",
+    tags=_TAGS,
 )
 _LIBRARY.define(
     f"select(Tensor q, Tensor k, Tensor summary, Tensor params, {_BAND}, float scale, {_BLOCKS}, "
     "int[] pattern_ids, int[] num_slots, int[] limits, "
-    f"{_CHOICE}) -> ({', '.join(['Tensor'] * 11)})"
+    f"{_CHOICE}) -> ({', '.join(['Tensor'] * 11)})",
+    tags=_TAGS,
 )
 _LIBRARY.define(
     f"attend(Tensor q, Tensor k, Tensor v, {_INDEX}, {_BAND}, float scale, float softcap, "
-    f"{_BLOCKS}, {_CHOICE}) -> (Tensor, Tensor)"
+    f"{_BLOCKS}, {_CHOICE}) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}

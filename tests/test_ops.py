@@ -257,3 +257,10 @@ def test_the_summary_is_the_mean_of_visible_keys(call: Call) -> None:
                 rtol=2 * torch.finfo(call.dtype).eps,
                 atol=8 * torch.finfo(call.dtype).eps + 1e-6,
             )
+
+
+def test_cuda_graphs_leave_the_operators_out() -> None:
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    for name in ("summarize_keys", "select", "attend"):
+        tags = getattr(torch.ops.sparse_compiler, name).default.tags
+        assert tag is None or tag in tags

@@ -107,8 +107,16 @@ class Ranking:
     @property
     def tile(self) -> Candidate | None:
         """The fastest sparse candidate, whether or not dense is faster; None if none can run."""
-        sparse = (r for r in self.ranked if r.feasible and r.candidate.schedule != DENSE)
-        return next((r.candidate for r in sparse), None)
+        found = self.sparse()
+        return None if found is None else found.candidate
+
+    def sparse(self, block_k: int | None = None) -> Ranked | None:
+        """The fastest sparse candidate that can run, of those with key blocks of that size."""
+        for ranked in self.ranked:
+            tile = ranked.candidate
+            if ranked.feasible and tile.schedule != DENSE and block_k in (None, tile.block_k):
+                return ranked
+        return None
 
     def of(self, candidate: Candidate) -> Ranked:
         return next(r for r in self.ranked if r.candidate == candidate)
@@ -160,6 +168,8 @@ def _obstacles(
             found.append(f"the hopper schedule takes 16-bit inputs, not {shape.dtype}")
         if max(shape.head_dim, shape.value_dim) > 128:
             found.append("the hopper schedule takes head sizes up to 128")
+        if shape.head_dim % 8 or shape.value_dim % 8:
+            found.append("the hopper schedule takes head sizes that are multiples of 8")
     report = reports.get(f"{candidate.key}:{max(shape.head_dim, shape.value_dim)}:{shape.dtype}")
     limits = DEVICE_LIMITS[target]
     needed = report or _estimate(shape, candidate)
@@ -250,12 +260,14 @@ def _break_even(
     constants_of: _Frozen,
     target: str,
     schedules: tuple[str, ...],
+    block_k: int | None,
 ) -> int | None:
     def pays(tokens: int) -> bool:
         ranking = choose_tile(
             shape.at_length(tokens), pattern, constants_of.value, target=target, schedules=schedules
         )
-        return ranking.best.candidate.schedule != DENSE
+        sparse = ranking.sparse(block_k)
+        return sparse is not None and sparse.ms < ranking.of(Candidate(DENSE)).ms
 
     # Coarse to fine: the sign changes once, and a wrong side near it costs next to nothing.
     lengths = [2**power for power in range(9, 21)]
@@ -289,13 +301,15 @@ def break_even_tokens(
     *,
     target: str = "sm_90",
     schedules: Sequence[str] = tuple(SCHEDULES),
+    block_k: int | None = None,
 ) -> int | None:
     """The shortest prompt, in tokens, for which some sparse candidate beats dense.
 
     Args:
         shape: its lengths do not matter.
+        block_k: only candidates with key blocks of this size; None is any.
     Returns:
         A multiple of 64 from 512, or None if dense is faster up to 2**20 tokens.
     """
     standard = replace(shape, num_q=1, num_k=1)
-    return _break_even(standard, pattern, _Frozen(constants), target, tuple(schedules))
+    return _break_even(standard, pattern, _Frozen(constants), target, tuple(schedules), block_k)

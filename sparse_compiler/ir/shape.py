@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 from sparse_compiler.errors import ShapeMismatch
 
-__all__ = ["DTYPE_BYTES", "SiteShape", "Tile"]
+__all__ = ["DTYPE_BYTES", "NEVER", "SiteShape", "Tile"]
 
+NEVER = 2**30
+"""A break-even length that no prompt reaches: dense always wins."""
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 

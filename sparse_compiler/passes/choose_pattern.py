@@ -11,7 +11,7 @@ from sparse_compiler.config import ANY, PatternTable
 from sparse_compiler.ir.mask import Proved
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns, fewest_queries
 from sparse_compiler.ir.report import Code, Condition, PassReport
-from sparse_compiler.ir.shape import DTYPE_BYTES, SiteShape
+from sparse_compiler.ir.shape import DTYPE_BYTES, NEVER, SiteShape
 from sparse_compiler.ir.site import AttentionSite
 from sparse_compiler.passes.context import Capability, Decision, PassContext, SiteState
 from sparse_compiler.patterns import policy, registry
@@ -56,7 +56,7 @@ def _choose(state: SiteState, ctx: PassContext) -> None:
     minimum = 0
     if capability is not None:
         if patterns is not None:
-            capability = replace(capability, **vars(capability.tile(_shape(site), patterns)))
+            capability = replace(capability, **vars(capability.tile(_shape(state, site), patterns)))
         minimum = _minimum(ctx, capability)
         _check_sizes(state, site, minimum, capability)
     state.conditions += of_patterns
@@ -64,7 +64,7 @@ def _choose(state: SiteState, ctx: PassContext) -> None:
         state.decision = Decision(patterns, capability, minimum)
 
 
-def _shape(site: AttentionSite) -> SiteShape | None:
+def _shape(state: SiteState, site: AttentionSite) -> SiteShape | None:
     """Sizes of the call; a dynamic length counts as a long one. None for what no model describes."""
     heads, num_q = (_likely(size, _LONG) for size in site.query_shape[1:3])
     batch, kv_heads = (_likely(size, 1) for size in site.key_shape[:2])
@@ -82,7 +82,13 @@ def _shape(site: AttentionSite) -> SiteShape | None:
         int(q.shape[3]),
         int(v.shape[3]),
         dtype=dtype,
+        causal=_causal(state),
     )
+
+
+def _causal(state: SiteState) -> bool:
+    """Whether later keys are hidden; assumed of a mask that nobody proved."""
+    return not isinstance(state.proof, Proved) or state.proof.fact.band.causal
 
 
 def _likely(size: int | torch.SymInt, otherwise: int) -> int:
@@ -144,7 +150,9 @@ def _check_sizes(
     if _is(num_q, 1):
         state.fail(Code.DECODE, "one query row: a decode step")
         return
-    if isinstance(num_k, int) and num_k < minimum:
+    if minimum >= NEVER:
+        state.fail(Code.SHORT, "the device's cost model expects dense to win at every length")
+    elif isinstance(num_k, int) and num_k < minimum:
         state.fail(Code.SHORT, f"{num_k} keys are fewer than min_tokens = {minimum}")
     wanted = fewest_queries(capability.min_queries, minimum)
     if isinstance(num_q, int) and num_q < wanted:
@@ -169,7 +177,7 @@ def _patterns(
 ) -> LayerPatterns | None:
     """The heads' patterns, or None after noting why there are none."""
     heads = site.query_shape[1]
-    causal = not isinstance(state.proof, Proved) or state.proof.fact.band.causal
+    causal = _causal(state)
     option = ctx.config.pattern
     if ctx.tables is not None:
         found = _from_tables(state, site, heads, ctx)

@@ -76,7 +76,8 @@ def _fused(
         found = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
-    elif can_use_flash_attention(params):
+    elif can_use_flash_attention(params) and q.shape[3] % 8 == 0:
+        # Other sizes are padded by F.scaled_dot_product_attention, not by the kernel.
         found = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     else:
         return None

@@ -14,6 +14,7 @@ import linecache
 import logging
 import os
 import sys
+import threading
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from importlib.machinery import SourceFileLoader
@@ -80,6 +81,7 @@ class KernelCache:
         self._modules: dict[str, ModuleType] = {}
         self._asked: set[tuple[str, str]] = set()
         self.by_spec: dict[KernelSpec, ModuleType] = {}
+        self.lock = threading.RLock()
 
     @cached_property
     def directory(self) -> Path:
@@ -150,8 +152,11 @@ def load_kernels(cache: KernelCache, spec: KernelSpec) -> ModuleType:
     """The kernels of ``spec``; rendered, written and imported once per cache and process."""
     module = cache.by_spec.get(spec)
     if module is None:
-        module = cache.load(spec.template.partition(".")[0], emit(spec), spec)
-        cache.by_spec[spec] = module
+        with cache.lock:
+            module = cache.by_spec.get(spec)
+            if module is None:
+                module = cache.load(spec.template.partition(".")[0], emit(spec), spec)
+                cache.by_spec[spec] = module
     cache.note_site(module)
     return module
 

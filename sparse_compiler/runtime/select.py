@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,31 +29,21 @@ def default_rows(
     """The ``rows`` tensor of a plain or padded batch, int32 [B, 5]; no host synchronisation.
 
     With ``key_mask`` the key range is the span from its first to its last visible key; holes in
-    between stay hidden by the mask itself. Nobody may write to it: plain ones are shared.
+    between stay hidden by the mask itself. Made anew at each call: a tensor kept from one call to
+    the next would belong to the stream, or to the CUDA graph's memory, that made it.
     """
+    rows = torch.zeros(batch, 5, dtype=torch.int32, device=device)
+    for column, value in ((1, num_q), (2, q_offset), (4, num_k)):
+        if value:
+            rows[:, column].fill_(value)
     if key_mask is None:
-        # What is made while a CUDA graph is captured exists only inside the graph.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        make = _plain_rows.__wrapped__ if capturing else _plain_rows
-        return make(batch, num_q, num_k, q_offset, device)
-    rows = torch.empty(batch, 5, dtype=torch.int32, device=device)
-    for column, value in enumerate((0, num_q, q_offset)):
-        rows[:, column].fill_(value)
+        return rows
     visible = key_mask.to(torch.uint8)
     first = visible.argmax(-1)
     last = num_k - visible.flip(-1).argmax(-1)
     rows[:, 3] = first.to(torch.int32)
     rows[:, 4] = torch.where(key_mask.any(-1), last - first, 0).to(torch.int32)
     return rows
-
-
-@lru_cache(maxsize=256)
-def _plain_rows(batch: int, num_q: int, num_k: int, q_offset: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        rows = torch.empty(batch, 5, dtype=torch.int32, device=device)
-        for column, value in enumerate((0, num_q, q_offset, 0, num_k)):
-            rows[:, column].fill_(value)
-        return rows
 
 
 def summarize(k: Tensor, rows: Tensor, key_mask: Tensor | None, block_k: int) -> Tensor:
@@ -247,9 +236,10 @@ def empty_index(
         num_slots,
         limits,
     )
-    # Only counts are read of an index without entries.
+    # Only counts are read of an index without entries; on a device each fill is a launch.
+    fill = q.device.type == "cpu"
     tensors = {
-        name: (torch.zeros if name.startswith("num_") else torch.empty)(
+        name: (torch.zeros if fill or name.startswith("num_") else torch.empty)(
             shape, dtype=torch.uint8 if name == "covered" else torch.int32, device=q.device
         )
         for name, shape in shapes.items()

@@ -16,7 +16,7 @@ from sparse_compiler.codegen.choose import break_even_tokens, choose_tile
 from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInvalid
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
-from sparse_compiler.ir.shape import SiteShape, Tile
+from sparse_compiler.ir.shape import NEVER, SiteShape, Tile
 from sparse_compiler.patterns.base import BandRule, SelectRequest
 from sparse_compiler.runtime.executor import Executor, Problem
 from sparse_compiler.runtime.hopper_attend import hopper_fits, hopper_spec, launch_hopper
@@ -40,8 +40,8 @@ from sparse_compiler.runtime.tune import Loaded, load_constants
 
 __all__ = ["TritonExecutor"]
 
-#: Lengths for which the break-even of the cost model is trusted.
-_SHORTEST, _NEVER = 4096, 2**30
+#: Below it the break-even of the cost model is not trusted.
+_SHORTEST = 4096
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -87,18 +87,18 @@ def _constants(device: str) -> Loaded:
 def _tile(shape: SiteShape, patterns: LayerPatterns, usual: Tile, device: str) -> Tile:
     """The fastest tile by the fitted cost model; the usual one where nothing was measured."""
     loaded = _constants(device)
-    if loaded.code == "ESTIMATE":
+    # With a budget the patterns' numbers follow from the length, which the model does not know.
+    if loaded.code == "ESTIMATE" or patterns.budget is not None:
         return usual
     constants, target = loaded.constants, loaded.target
     ranking = choose_tile(shape, patterns, constants, target=target, reports=loaded.reports)
     # Patterns count key blocks, so their size stays; how many rows share them is free.
-    same_keys = (r.candidate for r in ranking.ranked if r.feasible)
-    tile = next((c for c in same_keys if c.block_k == usual.block_k), None)
-    if tile is None:
+    sparse = ranking.sparse(usual.block_k)
+    if sparse is None:
         return usual
-    tokens = break_even_tokens(shape, patterns, constants, target=target)
-    # Where dense always wins by the model, say so by a length that no prompt has.
-    tokens = _NEVER if tokens is None else max(tokens, _SHORTEST)
+    tile = sparse.candidate
+    tokens = break_even_tokens(shape, patterns, constants, target=target, block_k=usual.block_k)
+    tokens = NEVER if tokens is None else max(tokens, _SHORTEST)
     return Tile(tile.block_q, tile.block_k, tokens)
 
 
@@ -170,6 +170,8 @@ class TritonExecutor(Executor):
                 float8_e4m3fn; None is 1.
         """
         self._check(q, k, v, softcap)
+        if kv_scales is not None and k.dtype != torch.float8_e4m3fn:
+            raise TensorInvalid("k and v with kv_scales", "of float8_e4m3fn", k.dtype)
         _check_blocks(geometry)
         if scale < 0:
             q, scale = -q, -scale
@@ -178,7 +180,8 @@ class TritonExecutor(Executor):
         capability = _capability(q.device.index or 0) if q.is_cuda else (0, 0)
         hip = torch.version.hip is not None
         options: Any = {"scale": scale, "softcap": softcap, "rows": rows, "key_mask": key_mask}
-        hopper = capability[0] == 9 and not hip
+        # The Hopper kernel masks before it scales, which a scale of 0 would turn into NaN.
+        hopper = capability[0] == 9 and not hip and scale > 0
         if hopper and hopper_fits(q, k, v, geometry, index, softcap):
             spec = hopper_spec(q, k, v, geometry, softcap=softcap, key_mask=key_mask)
             with device_of(q):
@@ -265,6 +268,7 @@ class TritonExecutor(Executor):
         sizes: tuple[int, int, int, int],
         num_slots: int,
     ) -> tuple[Tensor, ...] | None:
+        self._check(request.q, request.k, request.k, 0.0)
         _check_blocks(request.geometry)
         with device_of(request.q):
             return select_band(

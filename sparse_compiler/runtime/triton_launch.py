@@ -21,7 +21,7 @@ class Launcher:
     """
 
     def __init__(self) -> None:
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     def __call__(
         self,
@@ -35,7 +35,7 @@ class Launcher:
         """Launch ``kernel(*tensors, *strides, *numbers)`` on the current device.
 
         Args:
-            kernel: a ``@triton.jit`` function, kept alive by its module.
+            kernel: a ``@triton.jit`` function.
             programs: of the one-dimensional grid.
             tensors: operands; the first is on the current device.
             strides: integers that the kernel specialises on.
@@ -49,12 +49,13 @@ class Launcher:
             tuple([tensor.data_ptr() & 15 for tensor in tensors]),
             *options.values(),
         )
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[(programs, 1, 1)](*tensors, *strides, *numbers)
+        found = self._compiled.get(key)
+        if found is not None:
+            found[1][(programs, 1, 1)](*tensors, *strides, *numbers)
             return
         compiled = kernel[(programs,)](*tensors, *strides, *numbers, **options)
         if compiled is not None:  # the interpreter compiles nothing
             if len(self._compiled) >= _MOST:
                 self._compiled.clear()
-            self._compiled[key] = compiled
+            # The kernel is kept too: its id is part of the key and must not be given to another.
+            self._compiled[key] = (kernel, compiled)

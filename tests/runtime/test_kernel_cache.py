@@ -244,3 +244,35 @@ def test_a_spec_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     spec = ProbeSpec(dtype="float16", head_dim=64, groups=1)
     assert load_kernels(cache, spec) is load_kernels(cache, spec)
     assert rendered == [spec]
+
+
+def test_threads_that_ask_at_once_get_one_module(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from sparse_compiler.codegen.spec import WorkListSpec
+    from sparse_compiler.runtime.kernel_cache import load_kernels
+
+    cache = KernelCache(tmp_path / "cache")
+    with ThreadPoolExecutor(8) as pool:
+        modules = list(pool.map(lambda _: load_kernels(cache, WorkListSpec()), range(32)))
+    assert len({id(module) for module in modules}) == 1
+
+
+def test_the_launcher_keeps_the_kernels_that_it_knows_by_id() -> None:
+    import gc
+    import weakref
+
+    import torch
+
+    from sparse_compiler.runtime.triton_launch import Launcher
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: {1: None}
+
+    launch, kernel = Launcher(), Kernel()
+    alive = weakref.ref(kernel)
+    launch(kernel, 1, [torch.zeros(1)], [], [], num_warps=4)
+    del kernel
+    gc.collect()
+    assert alive() is not None, "its id must not be given to another kernel"

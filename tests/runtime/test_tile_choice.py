@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import sparse_compiler
 from sparse_compiler.errors import ShapeMismatch
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
-from sparse_compiler.ir.shape import SiteShape, Tile
+from sparse_compiler.ir.shape import NEVER, SiteShape, Tile
 from sparse_compiler.runtime import dispatch, triton_executor
 from sparse_compiler.runtime.cpu_executor import CpuExecutor
 from sparse_compiler.runtime.triton_executor import TritonExecutor
@@ -114,3 +115,41 @@ def test_the_graph_gets_the_tile_of_its_site(monkeypatch: pytest.MonkeyPatch) ->
 def test_wrong_sizes_of_a_shape_are_refused() -> None:
     with pytest.raises(ShapeMismatch, match="multiple"):
         replace(SHAPE, kv_heads=5)
+
+
+def test_a_budget_or_an_odd_head_size_keeps_the_usual_tile(on_device: pytest.MonkeyPatch) -> None:
+    on_device.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert TritonExecutor().tile(SHAPE, replace(SLASH, budget=1.0)) == USUAL
+    odd = replace(SHAPE, head_dim=100, value_dim=100)
+    tile = TritonExecutor().tile(odd, BLOCKS)
+    assert tile.block_q == 64, "rows of 200 bytes are no TMA tiles, so no Hopper kernel either"
+
+
+def test_without_a_causal_order_sparse_pays_earlier(on_device: pytest.MonkeyPatch) -> None:
+    on_device.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    both = [
+        TritonExecutor().tile(replace(SHAPE, causal=c), BLOCKS).min_tokens for c in (True, False)
+    ]
+    assert both[0] > both[1]
+
+
+def test_a_mask_without_causal_order_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SiteShape | None] = []
+
+    def tile(self: CpuExecutor, shape: SiteShape | None, patterns: LayerPatterns) -> Tile:
+        asked.append(shape)
+        return Tile(128, 32, NEVER)
+
+    class Encoder(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    monkeypatch.setattr(CpuExecutor, "tile", tile)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        report = sparse_compiler.explain(Encoder(), (torch.randn(1, 2, 640, 16),))
+    (site,) = report.sites
+    assert asked[0] is not None
+    assert not asked[0].causal
+    assert site.code == "SHORT"
+    assert "every length" in site.reason
