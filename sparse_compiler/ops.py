@@ -47,7 +47,7 @@ _INDEX = (
     "Tensor slots"
 )
 
-_TAGS = tuple(getattr(torch.Tag, n) for n in ("cudagraph_unsafe",) if hasattr(torch.Tag, n))
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _LIBRARY.define(
     "summarize_keys(Tensor k, Tensor? rows, Tensor? key_mask, int block_k, int[] pattern_ids, "
     f"{_CHOICE}) -> Tensor",

@@ -167,10 +167,6 @@ class SymbolicReader:
             return False
         return all(v is not None and v.holds for v in verdicts)
 
-    def index_size(self, symbol: sympy.Expr) -> sympy.Expr | None:
-        """The size that an index symbol runs to; None for other expressions."""
-        return self._index_sizes.get(symbol)  # type: ignore[arg-type]
-
     def _learn_bounds(self, size: torch.SymInt) -> None:
         shape_env = getattr(size.node, "shape_env", None)
         ranges = getattr(shape_env, "var_to_range", {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor
 from sparse_compiler.codegen.hopper_spec import HopperSpec
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
-from sparse_compiler.runtime.triton_attend import tma_fits
+from sparse_compiler.runtime.triton_attend import descriptor_strides, logit_factors, tma_fits
 from sparse_compiler.runtime.work_list import build_work_list
 
 __all__ = ["hopper_fits", "hopper_spec", "launch_hopper"]
 
-_LOG2E = 1.0 / math.log(2.0)
 _BLOCKING = {(128, 64): 6, (128, 128): 3}  # (M, N) -> stages
 
 
@@ -72,12 +70,8 @@ def hopper_spec(
 def _descriptor(tensor: Tensor, keys: int, width: int, layout: Any) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    row = tensor.shape[-1]
-    strides = [
-        stride if length > 1 else row
-        for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    ]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, keys, width], layout)
+    strides = descriptor_strides(tensor)
+    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, keys, width], layout)
 
 
 def launch_hopper(
@@ -119,10 +113,9 @@ def launch_hopper(
     if mask is not None:
         arguments.append(mask.view(torch.uint8))
     arguments += q.stride()[:3]
-    if spec.softcap:
-        arguments += [2.0 * scale / softcap * _LOG2E, softcap * _LOG2E]
-    else:
-        arguments += [scale * _LOG2E, 0.0]
+    arguments += (
+        logit_factors(scale, softcap) if spec.softcap else [*logit_factors(scale, 0.0), 0.0]
+    )
     arguments += [
         row_blocks,
         heads,

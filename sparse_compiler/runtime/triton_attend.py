@@ -22,8 +22,10 @@ __all__ = [
     "Tuning",
     "attend_spec",
     "attend_tuning",
+    "descriptor_strides",
     "edge_lanes",
     "launch_attend",
+    "logit_factors",
     "rows_contiguous",
     "tma_fits",
 ]
@@ -166,16 +168,25 @@ def attend_spec(
     )
 
 
+def descriptor_strides(tensor: Tensor) -> list[int]:
+    """Strides for a tensor descriptor: those of dimensions of size 1 may be anything, so a row."""
+    row = tensor.shape[-1]
+    pairs = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return [*(stride if length > 1 else row for length, stride in pairs), 1]
+
+
+def logit_factors(scale: float, softcap: float) -> list[float]:
+    """What the kernels multiply by, in base 2: [scale], or [scale inside tanh, cap]."""
+    if softcap:
+        return [2.0 * scale / softcap * _LOG2E, softcap * _LOG2E]
+    return [scale * _LOG2E]
+
+
 def _descriptor(tensor: Tensor, keys: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    row = tensor.shape[-1]
-    strides = [
-        stride if length > 1 else row
-        for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    ]
-    block = [1, 1, keys, power_of_two(row)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
+    block = [1, 1, keys, power_of_two(tensor.shape[-1])]
+    return TensorDescriptor(tensor, list(tensor.shape), descriptor_strides(tensor), block)
 
 
 def launch_attend(
@@ -272,10 +283,7 @@ def _numbers(
 ) -> list[Any]:
     """Strides, scales and sizes, in the order of ``codegen.emit.PLAIN_SIZES``."""
     numbers: list[Any] = [stride for tensor in (q, k, v) for stride in tensor.stride()[:3]]
-    if spec.softcap:
-        numbers += [2.0 * scale / softcap * _LOG2E, softcap * _LOG2E]
-    else:
-        numbers += [scale * _LOG2E]
+    numbers += logit_factors(scale, softcap)
     numbers += [q.shape[1], q.shape[2], k.shape[2], geometry.left, geometry.right]
     numbers += [index.full.shape[1], index.blocks.shape[1], index.full.shape[2], plan.lanes_size]
     numbers += [index.columns.shape[2], plan.packed_size]

@@ -18,6 +18,7 @@ from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import NEVER, SiteShape, Tile
 from sparse_compiler.patterns.base import BandRule, SelectRequest
+from sparse_compiler.runtime.attend_plan import attend_plan
 from sparse_compiler.runtime.executor import Executor, Problem
 from sparse_compiler.runtime.hopper_attend import hopper_fits, hopper_spec, launch_hopper
 from sparse_compiler.runtime.kernel_cache import KernelCache
@@ -118,8 +119,8 @@ class TritonExecutor(Executor):
     name = "triton"
     block_q = 64
     block_k = 64
-    # Measured on H200, vertical-slash (512, 2048): 0.3 of cuDNN's speed at 8K, 1.5 at 32K; below,
-    # selection is bound by its launches. Its cost grows with keys alone, hence the second bound.
+    # For devices that nobody measured, see ``tile``; cautious: an H200 breaks even at about half.
+    # The cost of selection grows with keys alone, hence the second bound.
     min_tokens = 24576
     min_queries = 1024
     auto = HeadPattern("vertical_slash", 1000, 1000)
@@ -196,6 +197,7 @@ class TritonExecutor(Executor):
             has_band=index.full.shape[1] > 0,
             hip=hip,
         )
+        plan = attend_plan(q, k, v, index, geometry, min(tuning.step_k, geometry.block_k))
         spec = attend_spec(
             q,
             k,
@@ -207,10 +209,20 @@ class TritonExecutor(Executor):
             key_mask=key_mask,
             tma=tma,
             interpret=interpret,
+            plan=plan,
         )
         with device_of(q):
             return launch_attend(
-                self._cache, spec, q, k, v, index, geometry, kv_scales=kv_scales, **options
+                self._cache,
+                spec,
+                q,
+                k,
+                v,
+                index,
+                geometry,
+                kv_scales=kv_scales,
+                plan=plan,
+                **options,
             )
 
     def probe(
