@@ -16,11 +16,19 @@ a graph with dynamic shapes serves short and long prompts.
 What an index list holds past its count is undefined. CUDA graphs leave the operators out: statistics
 outlive a call.
 
-Arguments shared by all three
+Arguments shared by the operators; ``summarize_keys`` takes of the mask ``rows`` and ``key_mask`` only
     rows: int32 [B, 5] on the device, or None: (q_start, q_len, q_offset, kv_start, kv_len) of each
         batch entry. None means all rows and keys, ``q_offset`` from the argument of that name.
     key_mask: bool [B, Lk] or None; False hides a key from every row (padding).
+    bounds: int32 [B or 1, Lq, 2] or None: (low, high), the inclusive key addresses between which a
+        query row sees; low > high is a row that sees nothing. Packed documents, chunks, prefixes.
+    bias: floating tensor or None, added to the logits after scale and soft cap. Of rank 4,
+        [B or 1, Hq or 1, Lq or 1, Lk]; or a table by distance, [Hq or 1, Lq + Lk - 1], whose entry
+        ``j - i + Lq - 1`` belongs to query address i and key address j. -inf hides a pair.
     q_offset, left, right: the mask's band (``ir/mask.py``); -1 is unbounded for left and right.
+        A pair is visible where the band, rows, key_mask and bounds all allow it.
+    sinks: floating [Hq] or None, of ``attend``: one more logit of each head, which takes part in the
+        softmax and has no value. A row that sees no key gives 0, and the sink as lse.
     block_q, block_k: row and key block (M, N).
     budget: share of the allowed pairs to aim at; -1 uses the parameters, 1 means every pair.
     executor: name of the executor, or ``auto``.
@@ -38,7 +46,10 @@ from torch import Tensor
 __all__ = ["capacities", "set_implementation"]
 
 _LIBRARY = torch.library.Library("sparse_compiler", "DEF")
-_BAND = "Tensor? rows, Tensor? key_mask, SymInt q_offset, SymInt left, SymInt right"
+_BAND = (
+    "Tensor? rows, Tensor? key_mask, Tensor? bounds, Tensor? bias, "
+    "SymInt q_offset, SymInt left, SymInt right"
+)
 _BLOCKS = "int block_q, int block_k"
 _CHOICE = "float budget, SymInt min_tokens, str executor, int site"
 _INDEX = (
@@ -61,7 +72,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"attend(Tensor q, Tensor k, Tensor v, {_INDEX}, {_BAND}, float scale, float softcap, "
-    f"{_BLOCKS}, {_CHOICE}) -> (Tensor, Tensor)",
+    f"Tensor? sinks, {_BLOCKS}, {_CHOICE}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -148,6 +159,8 @@ def _select_fake(
     params: Tensor,
     rows: Tensor | None,
     key_mask: Tensor | None,
+    bounds: Tensor | None,
+    bias: Tensor | None,
     q_offset: Any,
     left: Any,
     right: Any,

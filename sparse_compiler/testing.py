@@ -233,10 +233,13 @@ def _slots(kinds: Sequence[str]) -> Tensor:
     return slots
 
 
-def parameters(heads: Sequence[HeadPattern]) -> Tensor:
-    """The parameter tensor of the operators, int32 [Hq, 5], one slot for each head."""
+def parameters(heads: Sequence[HeadPattern], *, causal: bool = True) -> Tensor:
+    """The parameter tensor of the operators, int32 [Hq, 5], one slot for each head.
+
+    ``causal``: the mask is; else every slot is a block slot.
+    """
     patterns = [registry.get(head.name) for head in heads]
-    slots = _slots([pattern.component for pattern in patterns]).tolist()
+    slots = _slots([pattern.component_for(causal) for pattern in patterns]).tolist()
     rows = [
         [pattern.number, head.first, head.second, *slot]
         for pattern, head, slot in zip(patterns, heads, slots, strict=True)
@@ -258,14 +261,19 @@ def sparse_attention(
     min_tokens: int = 0,
     rows: Tensor | None = None,
     key_mask: Tensor | None = None,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     site: int = -1,
+    causal: bool | None = None,
 ) -> tuple[Tensor, Tensor, AttentionIndex]:
     """The three operators one after the other, as a rewritten graph calls them.
 
     Args:
         heads: pattern of each query head.
         geometry: band of the mask, and the blocking to ask for.
-        executor, budget, min_tokens, rows, key_mask, site: as in ``sparse_compiler.ops``.
+        executor, budget, min_tokens, rows, key_mask, bounds, bias, sinks, site: as in ``sparse_compiler.ops``.
+        causal: False puts every head into a block slot; None asks the geometry.
     Returns:
         (out, lse, index).
     """
@@ -273,15 +281,17 @@ def sparse_attention(
 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     used = [registry.get(name) for name in dict.fromkeys(head.name for head in heads)]
+    # The band holds causal masks only.
+    causal = geometry.right == 0 if causal is None else causal
     limits = Limits()
     for head in heads:
         pattern = registry.get(head.name)
-        limits = limits.join(pattern.limits(head, geometry.block_q, geometry.block_k))
+        limits = limits.join(pattern.limits(head, geometry.block_q, geometry.block_k, causal))
     if budget >= 0:
         limits = Limits(-1, -1, -1)
-    params = parameters(heads)
+    params = parameters(heads, causal=causal)
     counts = [int((params[:, column] >= 0).sum()) for column in (3, 4)]
-    band = (rows, key_mask, geometry.q_offset, geometry.left, geometry.right)
+    band = (rows, key_mask, bounds, bias, geometry.q_offset, geometry.left, geometry.right)
     blocking = (geometry.block_q, geometry.block_k)
     choice = (budget, min_tokens, executor, site)
     ops = torch.ops.sparse_compiler
@@ -293,5 +303,5 @@ def sparse_attention(
         [limits.columns, limits.distances, limits.blocks],
         *choice,
     )
-    out, lse = ops.attend(q, k, v, *index, *band, scale, softcap, *blocking, *choice)
+    out, lse = ops.attend(q, k, v, *index, *band, scale, softcap, sinks, *blocking, *choice)
     return out, lse, AttentionIndex(*index)

@@ -30,7 +30,11 @@ HEADS = {
     "dense": (HeadPattern("dense"), HeadPattern("dense")),
 }
 # Made here, outside any fake mode.
-PARAMETERS = {name: parameters(heads) for name, heads in HEADS.items()}
+PARAMETERS = {
+    (name, causal): parameters(heads, causal=causal)
+    for name, heads in HEADS.items()
+    for causal in (True, False)
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Call:
     budget: float = -1.0
     min_tokens: int = 0
     padded: bool = False
+    right: int = 0
+    operands: bool = False
     executor: str = "cpu"
     seed: int = 0
 
@@ -82,8 +88,21 @@ class Call:
     def choice(self) -> tuple[Any, ...]:
         return self.budget, self.min_tokens, self.executor, -1
 
+    @property
+    def causal(self) -> bool:
+        return self.right == 0
+
     def band(self, rows: torch.Tensor | None = None) -> tuple[Any, ...]:
-        return rows, self.key_mask(), self.offset, self.left, 0
+        bounds = bias = None
+        if self.operands:
+            bounds = torch.zeros(1, self.num_q, 2, dtype=torch.int32)
+            bounds[..., 1] = self.num_q // 2
+            bias = torch.ones(1, 2, 1, self.num_q + self.offset, dtype=torch.bfloat16)
+        return rows, self.key_mask(), bounds, bias, self.offset, self.left, self.right
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        return torch.tensor([0.5, -1.0]) if self.operands else None
 
     def summarize(self, k: torch.Tensor) -> tuple[Any, ...]:
         readers = [p.number for p in self.used if p.reads_summary]
@@ -94,14 +113,15 @@ class Call:
         return [registry.get(name) for name in dict.fromkeys(h.name for h in self.patterns)]
 
     def select(self, q: torch.Tensor, k: torch.Tensor, summary: torch.Tensor) -> tuple[Any, ...]:
-        params = PARAMETERS[self.heads]
+        params = PARAMETERS[self.heads, self.causal]
         limits = Limits()
         for head in self.patterns:
-            limits = limits.join(registry.get(head.name).limits(head, self.block_q, self.block_k))
+            pattern = registry.get(head.name)
+            limits = limits.join(pattern.limits(head, self.block_q, self.block_k, self.causal))
         bounds = [limits.columns, limits.distances, limits.blocks]
         if self.budget >= 0:
             bounds = [-1, -1, -1]
-        components = [registry.get(head.name).component for head in self.patterns]
+        components = [registry.get(h.name).component_for(self.causal) for h in self.patterns]
         counts = [components.count("band"), components.count("blocks")]
         numbers = [pattern.number for pattern in self.used]
         blocking = (self.block_q, self.block_k)
@@ -112,7 +132,18 @@ class Call:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: Any
     ) -> tuple[Any, ...]:
         blocking = (self.block_q, self.block_k)
-        return q, k, v, *index, *self.band(), self.dim**-0.5, 0.0, *blocking, *self.choice
+        return (
+            q,
+            k,
+            v,
+            *index,
+            *self.band(),
+            self.dim**-0.5,
+            0.0,
+            self.sinks,
+            *blocking,
+            *self.choice,
+        )
 
 
 calls = st.builds(
@@ -131,6 +162,8 @@ calls = st.builds(
     budget=st.sampled_from([-1.0, 0.3, 1.0]),
     min_tokens=st.sampled_from([0, 10**6]),
     padded=st.booleans(),
+    right=st.sampled_from([0, 0, -1, 3]),
+    operands=st.booleans(),
     executor=st.sampled_from(["cpu", "reference"]),
     seed=st.integers(0, 1000),
 )
@@ -167,8 +200,9 @@ def test_fakes_promise_the_shapes_dtypes_and_strides_that_come(call: Call) -> No
 
 @pytest.mark.parametrize("heads", sorted(HEADS))
 @pytest.mark.parametrize("budget", [-1.0, 1.0])
-def test_opcheck(heads: str, budget: float) -> None:
-    call = Call(heads=heads, budget=budget, padded=True, offset=10)
+@pytest.mark.parametrize(("right", "operands"), [(0, False), (0, True), (-1, True)])
+def test_opcheck(heads: str, budget: float, right: int, operands: bool) -> None:
+    call = Call(heads=heads, budget=budget, padded=True, offset=10, right=right, operands=operands)
     q, k, v = call.tensors()
     arguments = call.summarize(k)
     torch.library.opcheck(OPS.summarize_keys.default, arguments, test_utils=CHECKS)
@@ -178,8 +212,9 @@ def test_opcheck(heads: str, budget: float) -> None:
     torch.library.opcheck(OPS.attend.default, arguments, test_utils=CHECKS)
 
 
-def test_opcheck_of_aot_dispatch_without_gradients() -> None:
-    call = Call()
+@pytest.mark.parametrize("operands", [False, True])
+def test_opcheck_of_aot_dispatch_without_gradients(operands: bool) -> None:
+    call = Call(operands=operands)
     q, k, v = call.tensors()
     arguments = call.select(q, k, OPS.summarize_keys(*call.summarize(k)))
     checks = ("test_aot_dispatch_static", "test_aot_dispatch_dynamic")
@@ -212,8 +247,8 @@ def test_fakes_take_symbolic_sizes_without_fixing_one(heads: str) -> None:
 
 
 def test_no_operator_changes_or_returns_its_inputs() -> None:
-    for min_tokens in (0, 10**6):
-        call = Call(min_tokens=min_tokens, padded=True)
+    for min_tokens, operands in ((0, False), (10**6, False), (0, True), (10**6, True)):
+        call = Call(min_tokens=min_tokens, padded=True, operands=operands)
         tensors = call.tensors()
         copies = [t.clone() for t in tensors]
         q, k, v = tensors

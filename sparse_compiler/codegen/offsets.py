@@ -61,6 +61,9 @@ _S, _T, _F, _E, _C, _P, _X, _K, _R = _symbols(
     "band_slots block_slots full_size lanes_size columns_size packed_size distances_size"
     " blocks_size row_blocks"
 )
+_UB, _AB, _AH, _AL, _AK = _symbols(
+    "bounds_stride_b bias_stride_b bias_stride_h bias_stride_l bias_stride_k"
+)
 _M, _N, _SPLIT, _PARTS = _symbols("block_q block_k split_blocks parts")
 
 _ROWS = _R * _M
@@ -93,6 +96,13 @@ ATTEND_OPERANDS: dict[str, Operand] = {
     "covered": Operand((_b * _S + _s) * _X + _i, (_BATCH, _BAND, (_i, _X))),
     "blocks": Operand(((_b * _T + _s) * _R + _m) * _K + _i, (_BATCH, (_s, _T), (_m, _R), (_i, _K))),
     "key_mask": Operand(_b * _LK + _key, (_BATCH, (_key, _KEYS))),
+    "bounds": Operand(_b * _UB + _row * 2 + _i, (_BATCH, (_row, _ROWS), (_i, sympy.Integer(2)))),
+    "bias": Operand(
+        _b * _AB + _h * _AH + _row * _AL + _key * _AK,
+        (_BATCH, (_h, _H), (_row, _ROWS), (_key, _KEYS)),
+    ),
+    # Places of a bias by distance: key - row + num_q - 1, and padded rows before the first.
+    "bias_by_distance": Operand(_h * _AH + _i * _AK, ((_h, _H), (_i, _KEYS + _ROWS))),
     "k_packed": Operand(
         ((_b * _H + _h) * _P + _key) * _D + _c, (_BATCH, (_h, _H), (_key, _P), (_c, _D))
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 __all__ = [
+    "BIAS_KINDS",
     "DTYPES",
     "KV_DTYPES",
     "AttendSpec",
@@ -16,6 +17,7 @@ __all__ = [
 
 DTYPES = ("float16", "bfloat16", "float32")
 KV_DTYPES = ("", "float8_e4m3fn")
+BIAS_KINDS = ("", "key", "row", "distance")
 
 
 def power_of_two(size: int) -> int:
@@ -78,7 +80,7 @@ class WorkListSpec(KernelSpec):
     Its text depends on no dtype or head size: those are fixed, so that all attentions share it.
 
     Args:
-        block_q, block_k, step_k, has_band, has_blocks, packed: as in ``AttendSpec``.
+        block_q, block_k, step_k, has_band, has_blocks, packed, bounds: as in ``AttendSpec``.
         lines: row blocks of one program.
     """
 
@@ -91,6 +93,7 @@ class WorkListSpec(KernelSpec):
     has_band: bool = True
     has_blocks: bool = False
     packed: bool = False
+    bounds: bool = False
     lines: int = 64
     num_warps: int = 2
 
@@ -99,7 +102,9 @@ class WorkListSpec(KernelSpec):
         """Numbers of one item; the template says which."""
         if not self.has_band:
             return 4
-        return (11 if self.window else 9) if self.packed else 8
+        if self.packed:
+            return 11 if self.window or self.bounds else 9
+        return 9 if self.bounds else 8
 
     @property
     def template(self) -> str:
@@ -125,6 +130,9 @@ class AttendSpec(KernelSpec):
         lse: the log-sum-exp of each row is written.
         wide: offsets are 64-bit; ``codegen.offsets`` proves where 32 are enough.
         max_registers: of a thread of ``attend``; 0 leaves it to the assembler.
+        bounds: every row has a first and a last key of its own, both read.
+        bias: what is added to the logits; a name in ``BIAS_KINDS``: nothing, a number for each
+            key, for each pair of row and key, or for each distance between them.
     """
 
     value_dim: int
@@ -141,6 +149,8 @@ class AttendSpec(KernelSpec):
     lse: bool = True
     wide: bool = True
     max_registers: int = 0
+    bounds: bool = False
+    bias: str = ""
 
     @property
     def launch_options(self) -> dict[str, int]:
@@ -175,6 +185,7 @@ class AttendSpec(KernelSpec):
             has_band=self.has_band,
             has_blocks=self.has_blocks,
             packed=self.packed,
+            bounds=self.bounds,
             interpret=self.interpret,
         )
 

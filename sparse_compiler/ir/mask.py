@@ -1,4 +1,5 @@
-"""What a mask means: a band around the diagonal, met with the keys that are padding.
+"""What a mask means: a band around the diagonal, an interval of keys for each row, keys that are
+padding, and what is added to the logits.
 
 Positions: query row ``i`` and key ``j`` are addresses in their own tensors. A band compares them as
 ``-left <= j - (i + q_offset) <= right``, the convention of FlashAttention's ``window_size`` made
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 
 __all__ = ["Band", "MaskFact", "MaskProof", "Proved", "Refuted", "Unknown"]
 
@@ -42,22 +45,51 @@ class Band:
 
 @dataclass(frozen=True)
 class MaskFact:
-    """A proved mask: ``band`` and, where ``key_padding`` is set, ``key_padding[b, j]`` too.
+    """A proved mask. Key k of row q of entry b is visible if, and only if,
+
+    - it lies in ``band``, which holds for every entry and head and is the tightest there is,
+    - ``low <= k <= high`` where they are set,
+    - ``key_padding`` holds where it is set;
+
+    and the terms of ``bias`` are added to its logit. Expressions are sympy's, over the symbols of
+    the attention's axes and the graph's sizes; what the graph computes stands in them as
+    uninterpreted reads, which `passes.grid` turns into nodes.
 
     Args:
-        band: who sees whom by position.
-        key_padding: name of the fx node of a bool (or castable: nonzero is visible) tensor [B, Lk],
-            or None. ``key_padding_is_bool`` says whether a cast is needed before use.
+        band: who sees whom by position. Its offset may hold a read of one number of the graph
+            (``offset_is_read``), its other sides are ints or size expressions.
+        key_padding: predicate over (b, k), or None. The older `MaskProver.prove` gives the name of
+            a node [B, Lk] instead (nonzero is visible).
+        key_padding_is_bool: whether that node needs no cast.
+        low, high: first and last visible key of row q of entry b, or None where the band says it.
+            They may lie outside of 0..Lk - 1; low > high is a row that sees nothing.
+        bias: terms added to the logits (`passes.additive.Bias`).
+        row_shift: something that is the same for all keys of a row was left out of ``bias``. It
+            cancels in the softmax, but not in the log-sum-exp: not with sinks.
     """
 
     band: Band
-    key_padding: str | None = None
+    key_padding: Any = None
     key_padding_is_bool: bool = True
+    low: sympy.Expr | None = None
+    high: sympy.Expr | None = None
+    bias: tuple[Any, ...] = ()
+    row_shift: bool = False
 
     @property
     def trivial(self) -> bool:
-        """Nothing is hidden."""
-        return self.band.full and self.key_padding is None
+        """Nothing is hidden and nothing added."""
+        return self.band.full and self.key_padding is None and not self.bounded and not self.bias
+
+    @property
+    def bounded(self) -> bool:
+        """Some row's keys are bounded by more than the band."""
+        return self.low is not None or self.high is not None
+
+    @property
+    def offset_is_read(self) -> bool:
+        """The diagonal's place is computed by the graph and known only at run time."""
+        return isinstance(self.band.q_offset, sympy.Expr) and self.band.q_offset.has(AppliedUndef)
 
     def describe(self) -> str:
         """Short text for reports, e.g. ``causal+4096, window 512, key padding``."""
@@ -72,8 +104,12 @@ class MaskFact:
             low = "-inf" if band.left is None else f"-{band.left}"
             high = "inf" if band.right is None else f"{band.right}"
             parts.append(f"band({low}, {high})+{band.q_offset}")
+        if self.bounded:
+            parts.append("rows bounded")
         if self.key_padding is not None:
             parts.append("key padding")
+        if self.bias:
+            parts.append("bias")
         return ", ".join(parts)
 
     def dense(
@@ -82,7 +118,7 @@ class MaskFact:
         size: Callable[[Size], int] = int,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Materialise as bool [B, Lq, Lk]; for tests and the oracle only.
+        """Materialise the band and the padding as bool [B, Lq, Lk]; for tests and the oracle only.
 
         Args:
             shape: (B, Lq, Lk).

@@ -20,6 +20,7 @@ class Code(StrEnum):
     GRAD_ENABLED = "GRAD_ENABLED"  # call the model under torch.inference_mode()
     CONFIG_DENSE = "CONFIG_DENSE"  # option or configuration says dense
     # Unexpected: the option fallback acts on these.
+    CHAIN = "CHAIN"  # an attention written out in a way that the matcher cannot read
     MASK_UNKNOWN = "MASK_UNKNOWN"  # the mask's producers were not understood
     MASK_REFUTED = "MASK_REFUTED"  # understood, and not a mask that the executors know
     DROPOUT = "DROPOUT"  # dropout is active: call model.eval()
@@ -65,6 +66,9 @@ class SiteReport:
         conditions: every failed condition.
         pattern: patterns of the heads as text; "" where dense.
         mask_removed: a declined site whose mask was proved away.
+        number: under which statistics are kept, -1 for none.
+        spelling: how the attention is written in the graph, e.g. ``sdpa`` or ``softmax chain``.
+        notes: codes of what was decided more cautiously than asked, with reasons.
     """
 
     name: str
@@ -79,16 +83,22 @@ class SiteReport:
     pattern: str = ""
     mask_removed: bool = False
     number: int = -1
+    spelling: str = ""
+    notes: list[Condition] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """One pass's outcome: name, seconds, how many nodes it annotated or changed, and notes."""
+    """One pass's outcome: name, seconds, how many nodes it annotated or changed, and notes.
+
+    ``removed_effects``: targets of in-place operations that went with the region they wrote to.
+    """
 
     name: str
     seconds: float = 0.0
     touched: int = 0
     notes: tuple[str, ...] = ()
+    removed_effects: tuple[str, ...] = ()
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import islpy as isl
 import sympy
@@ -20,6 +20,8 @@ Bound = sympy.Expr | None
 @dataclass(frozen=True)
 class NotABand:
     """The set is no band; `certain` says whether that is shown, `witness` where."""
+
+    EMPTY: ClassVar[str] = "it hides every key"
 
     reason: str
     certain: bool
@@ -43,7 +45,7 @@ def find_band(
     """
     visible = decider.set_of(pred)
     if decider.run(visible.is_empty):
-        return NotABand("it hides every key", certain=not decider.opaque)
+        return NotABand(NotABand.EMPTY, certain=not decider.opaque)
     distance = key[0] - query[0]
     shifts = decider.run(
         lambda: visible.apply(isl.Map.from_pw_aff(decider.affine(distance))).coalesce()

@@ -69,7 +69,7 @@ def _shape(state: SiteState, site: AttentionSite) -> SiteShape | None:
     heads, num_q = (_likely(size, _LONG) for size in site.query_shape[1:3])
     batch, kv_heads = (_likely(size, 1) for size in site.key_shape[:2])
     num_k = _likely(site.key_shape[2], _LONG)
-    q, _, v = (n.meta["example_value"] for n in (site.query, site.key, site.value))
+    q, v = site.query.example, site.value.example
     dtype = str(q.dtype).removeprefix("torch.")
     if dtype not in DTYPE_BYTES or min(batch, heads, num_q, num_k) < 1 or heads % kv_heads:
         return None
@@ -101,7 +101,7 @@ def _minimum(ctx: PassContext, capability: Capability) -> int:
 
 
 def _check_gradients(state: SiteState, site: AttentionSite, ctx: PassContext) -> None:
-    tensors = [n.meta["example_value"] for n in (site.query, site.key, site.value)]
+    tensors = [site.query.example, site.key.example, site.value.example]
     if ctx.grad_enabled and any(t.requires_grad for t in tensors):
         # First of all conditions: the others may change once gradients are off.
         state.conditions.insert(
@@ -115,7 +115,7 @@ def _check_gradients(state: SiteState, site: AttentionSite, ctx: PassContext) ->
 
 
 def _check_executor(state: SiteState, site: AttentionSite, ctx: PassContext) -> Capability | None:
-    q, k, v = (n.meta["example_value"] for n in (site.query, site.key, site.value))
+    q, k, v = site.query.example, site.key.example, site.value.example
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = [f"{t.dtype} on {t.device}" for t in (q, k, v)]
         state.fail(Code.DTYPE, f"q, k and v are {', '.join(kinds)}")
@@ -139,7 +139,8 @@ def _check_call(state: SiteState, site: AttentionSite) -> None:
     if not isinstance(state.proof, Proved):
         return
     band = state.proof.fact.band
-    if band.full and _differ(num_q, num_k) and not _is(num_q, 1):
+    alone = state.proof.fact.trivial
+    if alone and _differ(num_q, num_k) and not _is(num_q, 1):
         state.fail(Code.CROSS, f"{num_q} queries see all of {num_k} keys: cross-attention")
 
 
@@ -179,7 +180,12 @@ def _patterns(
     heads = site.query_shape[1]
     causal = _causal(state)
     option = ctx.config.pattern
-    if ctx.tables is not None:
+    per_layer = ctx.tables is not None or (not isinstance(option, str) and set(option) != {ANY})
+    if per_layer and site.layer is None:
+        _layer_unknown(state)
+        origin = "policy"
+        found = tuple(policy.uniform("auto", heads, causal=causal, auto=auto))
+    elif ctx.tables is not None:
         found = _from_tables(state, site, heads, ctx)
         origin = ctx.config.config or "config"
     elif isinstance(option, str):
@@ -201,26 +207,31 @@ def _patterns(
     return LayerPatterns(found, origin, ctx.config.budget)
 
 
-def _known_layer(state: SiteState, site: AttentionSite) -> bool:
-    if site.layer is None:
-        state.fail(
-            Code.LAYER_UNKNOWN,
-            "patterns are given per layer, but the graph does not say which layer this is",
-        )
+def _known_heads(state: SiteState, site: AttentionSite) -> bool:
     if site.head_offset < 0:
         state.fail(
             Code.HEADS_UNKNOWN,
             "patterns are given per head, but the inputs are sharded and the local heads' numbers "
             "are not known",
         )
-    return site.layer is not None and site.head_offset >= 0
+    return site.head_offset >= 0
+
+
+def _layer_unknown(state: SiteState) -> None:
+    """Note that the policy answers, which is right for every layer that the graph may serve."""
+    if state.report is not None:
+        reason = (
+            "patterns are given per layer, but the graph does not say which layer this is (one graph "
+            "may serve several); the zero-config policy chose"
+        )
+        state.report.notes.append(Condition(Code.LAYER_UNKNOWN, reason))
 
 
 def _from_tables(
     state: SiteState, site: AttentionSite, heads: int, ctx: PassContext
 ) -> tuple[HeadPattern, ...] | None:
     tables = ctx.tables or []
-    if not _known_layer(state, site) or site.layer is None:
+    if not _known_heads(state, site) or site.layer is None:
         return None
     if site.layer >= len(tables):
         state.fail(
@@ -242,9 +253,8 @@ def _from_tables(
 def _from_option(
     state: SiteState, site: AttentionSite, heads: int, table: PatternTable
 ) -> tuple[HeadPattern, ...] | None:
-    needs_layer = set(table) != {ANY}
     needs_head = any(set(row) != {ANY} for row in table.values())
-    if (needs_layer or needs_head) and not _known_layer(state, site):
+    if needs_head and not _known_heads(state, site):
         return None
     row = table.get(site.layer if site.layer is not None else ANY, table.get(ANY))
     if row is None:

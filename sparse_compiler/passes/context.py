@@ -14,6 +14,7 @@ from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.report import Code, Condition, Report, SiteReport
 from sparse_compiler.ir.shape import SiteShape, Tile
 from sparse_compiler.ir.site import AttentionSite
+from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
 
 __all__ = ["META", "Capability", "Decision", "PassContext", "SiteState"]
 
@@ -92,6 +93,17 @@ class PassContext:
     report: Report
     site_numbers: Callable[[], int]
     keep_graphs: bool = False
+    _reader: tuple[fx.Graph, SymbolicTensors] | None = None
+
+    def tensors(self, gm: fx.GraphModule) -> SymbolicTensors:
+        """The reader of the graph's tensors, shared by the passes until one edits the graph."""
+        if self._reader is None or self._reader[0] is not gm.graph:
+            self._reader = (gm.graph, SymbolicTensors(gm.graph))
+        return self._reader[1]
+
+    def edited(self) -> None:
+        """The graph was edited: what was read of it is forgotten."""
+        self._reader = None
 
     def states(self, gm: fx.GraphModule) -> list[tuple[fx.Node, SiteState]]:
         """Annotated nodes in graph order."""

@@ -1,90 +1,164 @@
-"""Turn each normal form into an attention site: groups, layer, placement, source line."""
+"""Turn each normal form into an attention site: operands, groups, layer, placement, source line."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import torch
+import sympy
 from torch import fx
 
 from sparse_compiler.ir.report import Code, PassReport, SiteReport
-from sparse_compiler.ir.site import AttentionSite
-from sparse_compiler.passes.canonicalize import AttentionForm
+from sparse_compiler.ir.site import AttentionSite, Operand, Step
 from sparse_compiler.passes.context import PassContext, SiteState
-from sparse_compiler.passes.repeat_kv import see_through_repeat
-from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
+from sparse_compiler.passes.form import AttentionForm, Element
+from sparse_compiler.passes.layers import layer_numbers, module_path
+from sparse_compiler.passes.layout import Wanted, inverse_steps, layout
+from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 
-__all__ = ["find_attention", "layer_of"]
+__all__ = ["find_attention"]
 
 
 def find_attention(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
     """Add an ``AttentionSite`` and a ``SiteReport`` to every annotated node."""
     states = ctx.states(gm)
     sharded = _has_distributed_inputs(gm)
-    reader = SymbolicTensors(gm.graph)
+    tensors = ctx.tensors(gm)
+    layers = layer_numbers([node for node, _ in states])
     for node, state in states:
-        path, layer = layer_of(node)
+        form: AttentionForm = state.form
         state.report = SiteReport(
             name=node.name,
-            layer=path,
+            layer=module_path(node),
             source=_source_line(node),
-            shapes={
-                name: _shape_text(getattr(state.form, name)) for name in ("query", "key", "value")
-            },
+            shapes=dict.fromkeys(("query", "key", "value"), "?"),
+            spelling=form.spelling,
         )
         ctx.report.sites.append(state.report)
-        state.site = _site(node, state, (path, layer), sharded, reader)
-        if state.site is not None:
+        code, reason = form.obstacle
+        if code:
+            state.fail(Code(code), reason)
+            continue
+        try:
+            state.site = _site(node, state, layers[node], sharded, tensors)
+        except NotUnderstood as problem:
+            state.fail(Code.SHAPES, str(problem))
+            continue
+        for name in ("query", "key", "value"):
             # Heads as they are stored, not as they were repeated for the call.
-            state.report.shapes["key"] = _shape_text(state.site.key)
-            state.report.shapes["value"] = _shape_text(state.site.value)
+            state.report.shapes[name] = str(list(getattr(state.site, name).shape))
     return PassReport("find_attention", touched=len(states))
+
+
+class _Operands:
+    """Finds the tensors of one form."""
+
+    def __init__(self, form: AttentionForm, node: fx.Node, tensors: SymbolicTensors) -> None:
+        self.form, self.node, self.tensors = form, node, tensors
+        # What the operands held when the first inner node read them is what counts.
+        self.reader = min((node, *form.inner))
+
+    def of(self, element: Element, name: str, axes: str, **more: Any) -> tuple[Operand, int]:
+        """The operand of ``element`` over axes named by letters of ``bhqkdv``; ``1`` is none."""
+        own = self.form.axes
+        table = dict(
+            zip(
+                "bhqkdv",
+                zip(
+                    (own.batch, own.head, own.query, own.key, own.dim, own.value_dim),
+                    own.sizes,
+                    strict=True,
+                ),
+                strict=True,
+            )
+        )
+        table["1"] = (None, sympy.Integer(1))  # type: ignore[assignment]
+        symbols, sizes = zip(*(table[letter] for letter in axes), strict=True)
+        wanted = Wanted(symbols, sizes, head=axes.find("h"), **more)
+        found = layout(element, wanted, self.tensors, self.reader, self.node)
+        if found is None:
+            raise NotUnderstood(
+                f"{name} is {element.node.name}{list(map(str, element.index))}: no tensor over {axes}"
+            )
+        return found
+
+    def keys_and_values(self) -> tuple[Operand, Operand, int]:
+        """K, V and the query heads for each of their heads."""
+        form = self.form
+        key, groups = self.of(form.key, "k", "bhkd", shared=True, optional=(0,))
+        value, own = self.of(form.value, "v", "bhkv", shared=True, optional=(0,))
+        if groups != own:
+            key, groups = self.repeated(key, groups), 1
+            value = self.repeated(value, own)
+        return self.in_batch(key), self.in_batch(value), groups
+
+    def repeated(self, operand: Operand, groups: int) -> Operand:
+        """Every head of its own; where K and V are shared by different numbers of heads."""
+        if groups == 1:
+            return operand
+        if int(operand.shape[1]) == 1:
+            return Operand(operand.node, (*operand.steps, ("expand", (-1, groups, -1, -1))))
+        return Operand(operand.node, (*operand.steps, ("repeat_interleave", (groups, 1))))
+
+    def in_batch(self, operand: Operand) -> Operand:
+        """One that all batch entries share is read by each of them."""
+        batch = self.form.axes.sizes[0]
+        if self.tensors.size(operand.shape[0]) == batch:
+            return operand
+        if not isinstance(batch, sympy.Integer):
+            raise NotUnderstood(f"{operand.node.name} is shared by a batch of size {batch}")
+        return Operand(operand.node, (*operand.steps, ("expand", (int(batch), -1, -1, -1))))
+
+    def output(self) -> tuple[Step, ...]:
+        """Views from [B, H, Lq, Dv] to the node that is replaced."""
+        own = self.form.axes
+        symbols = (own.batch, own.head, own.query, own.value_dim)
+        sizes = (*own.sizes[:3], own.sizes[5])
+        steps = inverse_steps(self.form.output, Wanted(symbols, sizes, head=1), self.tensors)
+        if steps is None:
+            raise NotUnderstood(
+                f"the result {self.form.output.node.name}{list(map(str, self.form.output.index))} is "
+                "no view of [B, H, Lq, Dv]"
+            )
+        return steps
 
 
 def _site(
     node: fx.Node,
     state: SiteState,
-    place: tuple[str, int | None],
+    layer: int | None,
     sharded: bool,
-    reader: SymbolicTensors,
-) -> AttentionSite | None:
-    path, layer = place
+    tensors: SymbolicTensors,
+) -> AttentionSite:
     form: AttentionForm = state.form
-    tensors = [_example(n) for n in (form.query, form.key, form.value)]
-    if not all(isinstance(t, torch.Tensor) for t in tensors):
-        state.fail(Code.SHAPES, "the graph does not say what q, k and v are")
-        return None
-    if any(t.dim() != 4 for t in tensors):
-        ranks = [t.dim() for t in tensors]
-        state.fail(Code.RANK, f"q, k and v have ranks {ranks}; supported is 4, [B, heads, L, D]")
-        return None
-    key, groups_k = see_through_repeat(form.key, reader)
-    value, groups_v = see_through_repeat(form.value, reader)
-    if groups_k != groups_v:
-        key, value = form.key, form.value
-    q, k, v = (_example(n) for n in (form.query, key, value))
-    # Heads and head sizes are constants of a model: a symbolic one is fixed by a guard.
-    heads, kv_heads = int(q.shape[1]), int(k.shape[1])
-    if heads % kv_heads or int(v.shape[1]) != kv_heads:
-        state.fail(Code.SHAPES, f"{heads} query heads do not share {kv_heads} key heads evenly")
-        return None
-    if int(q.shape[3]) != int(k.shape[3]) or k.shape[2] != v.shape[2] or q.shape[0] != k.shape[0]:
-        state.fail(Code.SHAPES, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-        return None
+    operands = _Operands(form, node, tensors)
+    query = operands.in_batch(operands.of(form.query, "q", "bhqd", optional=(0,))[0])
+    key, value, groups = operands.keys_and_values()
+    factors = tuple(
+        (operands.of(e, "a factor", "bhq1", optional=(0, 1, 2))[0], divides)
+        for e, divides in form.factors
+    )
+    sinks = None if form.sinks is None else operands.of(form.sinks, "sinks", "h")[0]
+    heads, kv_heads = int(query.shape[1]), int(key.shape[1])
+    if heads != kv_heads * groups or int(value.shape[1]) != kv_heads:
+        raise NotUnderstood(f"{heads} query heads do not share {kv_heads} key heads evenly")
     return AttentionSite(
         node=node,
-        query=form.query,
+        query=query,
         key=key,
         value=value,
-        mask=form.mask,
+        output=operands.output(),
+        masked=bool(form.terms),
         is_causal=form.is_causal,
-        scale=_number(form.scale, default=int(q.shape[3]) ** -0.5),
-        groups=heads // kv_heads,
+        scale=_number(form.scale, default=int(query.shape[3]) ** -0.5),
+        factors=factors,
+        groups=groups,
         dropout=_number(form.dropout, default=0.0),
         softcap=form.softcap,
+        sinks=sinks,
+        spelling=form.spelling,
         layer=layer,
-        path=path,
+        path=module_path(node),
         source=state.report.source if state.report else "",
         head_offset=-1 if sharded else 0,
         global_heads=-1 if sharded else heads,
@@ -104,21 +178,6 @@ def _number(value: Any, default: float) -> float:
     return float(value)
 
 
-def layer_of(node: fx.Node) -> tuple[str, int | None]:
-    """Module path of the call and the layer number in it; ("", None) where unknown.
-
-    The number is the last integer component of the path, e.g. 3 in ``model.layers.3.self_attn``.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "", None
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['(\w+)'\]\.?", "", path)
-    path = re.sub(r"_modules\['([^']+)'\]", r"\1", path)
-    numbers = [part for part in path.split(".") if part.isdecimal()]
-    return path, int(numbers[-1]) if numbers else None
-
-
 def _source_line(node: fx.Node) -> str:
     """``file:line`` of the innermost frame of the call."""
     trace = node.meta.get("stack_trace") or ""
@@ -129,14 +188,10 @@ def _source_line(node: fx.Node) -> str:
     return f"{'/'.join(file.split('/')[-3:])}:{line}"
 
 
-def _shape_text(node: fx.Node) -> str:
-    example = _example(node)
-    return str(list(example.shape)) if isinstance(example, torch.Tensor) else "?"
-
-
 def _has_distributed_inputs(gm: fx.GraphModule) -> bool:
     """Whether any input is a DTensor: then local heads are not the model's heads."""
     return any(
         node.op == "placeholder" and type(_example(node)).__name__ == "DTensor"
         for node in gm.graph.nodes
     )
+

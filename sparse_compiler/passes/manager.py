@@ -85,6 +85,7 @@ def run_pipeline(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
         ctx.report.passes.append(report)
         logger.debug("%s: %d touched in %.1f ms", name, report.touched, report.seconds * 1e3)
         if before is not None:
+            before.effects.subtract(report.removed_effects)
             _check(name, stage, before, _facts(gm), gm)
         if ctx.keep_graphs:
             ctx.report.graphs[name] = str(gm.graph)
@@ -121,7 +122,8 @@ def _describe(node: fx.Node) -> Any:
 def _check(name: str, stage: Pass, before: _Facts, after: _Facts, gm: fx.GraphModule) -> None:
     if not stage.edits and after.num_nodes != before.num_nodes:
         raise GraphInvariantBroken(f"pass {name}", "an annotation only", "an edited graph")
-    if before.effects != after.effects:
+    # Not `!=`: counts of 0 are no difference.
+    if +before.effects != after.effects or -before.effects:
         changed = (before.effects - after.effects) + (after.effects - before.effects)
         raise GraphInvariantBroken(
             f"pass {name}", "without effect on mutating and collective nodes", dict(changed)

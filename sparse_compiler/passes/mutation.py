@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["MutationMap"]
+__all__ = ["INPLACE_OPERATORS", "MutationMap", "storage_of"]
 
-_INPLACE_OPERATORS = frozenset(
+INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
     for name in (
         *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
@@ -41,19 +41,34 @@ class MutationMap:
         self._writes: dict[object, list[int]] = {}
         for node, position in self._position.items():
             for target in _written(node):
-                self._writes.setdefault(_storage(target), []).append(position)
+                self._writes.setdefault(storage_of(target), []).append(position)
 
     def written(self, node: fx.Node) -> bool:
         """Whether the memory of `node` is written anywhere in the graph."""
-        return _storage(node) in self._writes
+        return storage_of(node) in self._writes
+
+    def written_before(self, node: fx.Node, moment: fx.Node) -> bool:
+        """Whether the memory of `node` is written earlier than `moment`."""
+        until = self._position[moment]
+        return any(p < until for p in self._writes.get(storage_of(node), ()))
+
+    def same_memory(self, left: fx.Node, right: fx.Node) -> bool:
+        """Whether two nodes share a storage."""
+        return storage_of(left) == storage_of(right)
 
     def written_after(self, node: fx.Node, moment: fx.Node | None = None) -> bool:
         """Whether the memory of `node` is written later than `moment` (`node` itself if None)."""
         mine = self._position[moment or node]
-        return any(p > mine for p in self._writes.get(_storage(node), ()))
+        return any(p > mine for p in self._writes.get(storage_of(node), ()))
+
+    def written_between(self, node: fx.Node, start: fx.Node, stop: fx.Node) -> bool:
+        """Whether the memory of `node` is written after `start` and before `stop`."""
+        first, last = self._position[start], self._position[stop]
+        return any(first < p < last for p in self._writes.get(storage_of(node), ()))
 
 
-def _storage(node: fx.Node) -> object:
+def storage_of(node: fx.Node) -> object:
+    """A key that nodes share whose tensors lie in one memory."""
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, torch.Tensor):
         try:
@@ -91,7 +106,7 @@ def _written_by_function(node: fx.Node, target: Any) -> Iterable[fx.Node]:
     if isinstance(target, torch._ops.HigherOrderOperator):
         pure = target.name() in _PURE_HIGHER_ORDER
         return () if pure else _nodes((node.args, node.kwargs))
-    if target in _INPLACE_OPERATORS:
+    if target in INPLACE_OPERATORS:
         return _nodes(node.args[:1])
     module = getattr(target, "__module__", None) or ""
     trusted = module.split(".")[0] in _TRUSTED_MODULES

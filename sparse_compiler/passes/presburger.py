@@ -37,10 +37,12 @@ class Domain:
         indices: index symbols, each with its size: 0 <= index < size.
         bounds: known inclusive range of size symbols; None is unbounded. A symbol that is not
             named here is unbounded on the side that its sympy assumptions leave open.
+        facts: predicates that hold everywhere in the domain.
     """
 
     indices: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
     bounds: Mapping[sympy.Symbol, tuple[int | None, int | None]] = field(default_factory=dict)
+    facts: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Decider:
     def set_of(self, pred: Any) -> Any:
         """The isl set of the points of the domain where `pred` holds; raises Undecidable."""
         return self._guarded(lambda: self._set(pred).intersect(self._box_now()).coalesce())
+
+    def everywhere(self) -> Any:
+        """The isl set of all the points of the domain, for the sizes that occurred so far."""
+        return self._guarded(self._box_now)
 
     def affine(self, expr: sympy.Expr) -> Any:
         """The isl piecewise affine function of `expr`; raises Undecidable."""
@@ -140,6 +146,8 @@ class Decider:
         for symbol, size in self.domain.indices:
             index = self._affine(symbol)
             box = box.intersect(index.ge_set(zero)).intersect(index.lt_set(self._affine(size)))
+        for fact in self.domain.facts:
+            box = box.intersect(self._set(fact))
         return box
 
     def _box_now(self) -> Any:
@@ -259,6 +267,19 @@ class Decider:
             values[0] = values[0].min(other)
         return values[0]
 
+    def _piecewise(self, expr: Any) -> Any:
+        """The first piece whose condition holds; the last condition must be true."""
+        if expr.args[-1].args[1] is not sympy.true:
+            raise Undecidable(f"{expr} leaves cases out")
+        rest = isl.Set.universe(self._local.get_space())
+        total = None
+        for value, cond in (piece.args for piece in expr.args):
+            here = self._set(cond)
+            part = self._affine(value).intersect_domain(rest.intersect(here))
+            total = part if total is None else total.union_add(part)
+            rest = rest.subtract(here)
+        return total
+
     # -- predicates ----------------------------------------------------------------------------
 
     def _set(self, pred: Any) -> Any:
@@ -301,6 +322,7 @@ _EXPRESSIONS: dict[str, Callable[[Decider, Any], Any]] = {
     "Abs": Decider._abs,
     "Max": Decider._max,
     "Min": Decider._min,
+    "Piecewise": Decider._piecewise,
 }
 
 _RELATIONS: dict[type, Callable[[Any, Any], Any]] = {

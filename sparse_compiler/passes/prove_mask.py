@@ -1,16 +1,16 @@
-"""Proves what an attention mask means: a band around the diagonal, met with key padding.
+"""Proves what the masks and biases of an attention mean.
 
-The mask node is read as a predicate over (batch, head, query, key) by `SymbolicTensors`. Its
-conjuncts fall into linear ones over query and key, decided over the integers for all sizes by isl,
-and one key padding tensor read at exactly (batch, key). Anything else is Unknown, which keeps the
-site dense.
+Every term is read as a predicate over (batch, head, query, key) and as something added to the
+logits. The predicate falls into parts that look at the key alone, which are the key padding, and
+parts in which nothing but the key's place says anything about the key: those are decided over the
+integers for all sizes by isl, as a band around the diagonal or as an interval of keys for each row.
+Anything else is Unknown, which keeps the site dense.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -19,16 +19,27 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from sparse_compiler.ir.mask import Band, MaskFact, MaskProof, Proved, Refuted, Unknown
+from sparse_compiler.passes.additive import Effect, read_term
 from sparse_compiler.passes.band import NotABand, find_band
+from sparse_compiler.passes.bias import classify
+from sparse_compiler.passes.form import Axes, Element, MaskTerm
+from sparse_compiler.passes.interval import NoInterval, find_interval
 from sparse_compiler.passes.presburger import Decider, Domain, Undecidable
+from sparse_compiler.passes.segments import segments_as_intervals
 from sparse_compiler.passes.symbolic_tensor import (
-    Index,
     Mutated,
     NotUnderstood,
     SymbolicTensors,
     tensor_of,
 )
-from sparse_compiler.passes.symbolic_values import Choice, as_bool, conj, conjuncts, neg
+from sparse_compiler.passes.symbolic_values import (
+    Choice,
+    as_bool,
+    common_factors,
+    conj,
+    conjuncts,
+    rewrite,
+)
 
 __all__ = ["MaskProver", "prove_mask"]
 
@@ -37,181 +48,244 @@ logger = logging.getLogger(__name__)
 
 def prove_mask(mask: fx.Node, query_shape: Sequence[Any], key_shape: Sequence[Any]) -> MaskProof:
     """What `mask` means for queries and keys of these shapes; see `MaskProver.prove`."""
-    return MaskProver(mask.graph).prove(mask, query_shape, key_shape)
+    return MaskProver(SymbolicTensors(mask.graph)).prove(mask, query_shape, key_shape)
 
 
 class MaskProver:
     """Proves masks of one graph and remembers the answers: layers share their mask.
 
     Args:
-        graph: with fake values in `meta["example_value"]`. Make a new prover after changing it.
+        tensors: the reader of the graph, or the graph. Make new ones after changing the graph.
 
     Attributes:
         tensors: the reader underneath; other passes over the same graph may share it.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.tensors = SymbolicTensors(graph)
+    def __init__(self, tensors: SymbolicTensors | fx.Graph) -> None:
+        if isinstance(tensors, fx.Graph):
+            tensors = SymbolicTensors(tensors)
+        self.tensors = tensors
         self._proofs: dict[Any, MaskProof] = {}
+
+    def prove_form(
+        self, axes: Axes, terms: tuple[MaskTerm, ...], is_causal: bool = False
+    ) -> MaskProof:
+        """What the terms of an attention mean together.
+
+        Args:
+            axes: index symbols made by `tensors.new_index`, and sizes.
+            terms: masks and biases, their elements written over `axes`.
+            is_causal: row i sees keys j <= i, beside the terms.
+        Returns:
+            Proved (equal for every size the graph allows), Refuted (understood, and something
+            else) or Unknown (not understood; the reason names node and operation).
+        """
+        key = (axes, terms, is_causal)
+        if key not in self._proofs:
+            self._proofs[key] = _Proof(self.tensors, axes, terms, is_causal).result()
+        return self._proofs[key]
 
     def prove(
         self, mask: fx.Node, query_shape: Sequence[Any], key_shape: Sequence[Any]
     ) -> MaskProof:
-        """What `mask` means.
+        """What `mask` alone means, if that is a band and one padding node.
 
         Args:
             mask: bool (True is visible) or additive float (0 or the dtype's minimum or -inf)
                 tensor of rank 2 to 4 that broadcasts to [B, Hq, Lq, Lk].
             query_shape: [B, Hq, Lq, D] of ints and SymInts.  key_shape: [B, Hkv, Lk, D].
         Returns:
-            Proved (equal for every size the graph allows), Refuted (understood, and something
-            else) or Unknown (not understood; the reason names node and operation).
+            As `prove_form`; ``key_padding`` is the name of a node [B, Lk].
         """
         try:
             sizes = tuple(self.tensors.size(s) for s in (*query_shape[:3], key_shape[2]))
-            key = (mask, sizes)
-            if key not in self._proofs:
-                self._proofs[key] = _Proof(self.tensors, mask, sizes).result()
-            return self._proofs[key]
+            known = (mask, sizes)
+            if known not in self._proofs:
+                self._proofs[known] = self._prove_alone(mask, sizes)
+            return self._proofs[known]
         except NotUnderstood as reason:
-            return Unknown(f"shape of the attention: {reason}")
+            return Unknown(f"{mask.name}: {reason}")
 
+    def _prove_alone(self, mask: fx.Node, sizes: tuple[sympy.Expr, ...]) -> MaskProof:
+        value = tensor_of(mask)
+        if value is None or not 2 <= value.dim() <= 4:
+            raise NotUnderstood("not a tensor of rank 2 to 4")
+        shape = self.tensors.shape(mask)
+        for size, wanted in zip(shape, sizes[4 - len(shape) :], strict=True):
+            if size not in (1, wanted):
+                raise NotUnderstood(f"its size {size} is not seen to be 1 or {wanted}")
+        symbols = [self.tensors.new_index(n, s) for n, s in zip("bhqk", sizes, strict=True)]
+        unused = [sympy.Dummy(n, integer=True) for n in "dv"]
+        axes = Axes(*symbols, *unused, (*sizes, sympy.Integer(1), sympy.Integer(1)))
+        where = Element(mask, tuple(symbols[4 - len(shape) :]))
+        kind = "keep" if value.dtype == torch.bool else "add"
+        proof = self.prove_form(axes, (MaskTerm(kind, where),))
+        if not isinstance(proof, Proved):
+            return proof
+        fact = proof.fact
+        if fact.bounded or fact.bias or fact.offset_is_read:
+            return Unknown(f"{mask.name}: {fact.describe()}")
+        if fact.key_padding is None:
+            return proof
+        node = self._padding_node(mask, axes, fact.key_padding)
+        if node is None:
+            return Unknown(f"{mask.name}: no [B, Lk] padding node says this")
+        is_bool = self.tensors.dtype(node) == torch.bool
+        return Proved(MaskFact(fact.band, node.name, is_bool))
 
-@dataclass(frozen=True)
-class _Padding:
-    node: fx.Node | None
-    problem: str = ""
+    def _padding_node(self, mask: fx.Node, axes: Axes, wanted: Any) -> fx.Node | None:
+        """A node [B, Lk] that `mask` is made of and that says `wanted`, nearest first."""
+        parts = set(conjuncts(wanted))
+        queue, seen = [mask], set()
+        for node in queue:
+            if node in seen or tensor_of(node) is None:
+                continue
+            seen.add(node)
+            queue += node.all_input_nodes
+            shape = self.tensors.shape(node)
+            fits = len(shape) == 2 and shape[0] in (1, axes.sizes[0]) and shape[1] == axes.sizes[3]
+            if not fits or self.tensors.mutations.written(node):
+                continue
+            value: Any = self.tensors.evaluate(node, (axes.batch, axes.key))
+            if isinstance(value, Choice) and not value.exact:
+                continue
+            if set(conjuncts(as_bool(value))) == parts:
+                return node
+        return None
 
 
 class _Proof:
-    """One mask at one shape."""
+    """The terms of one attention."""
 
-    def __init__(self, tensors: SymbolicTensors, mask: fx.Node, sizes: Index) -> None:
-        self.tensors, self.mask, self.sizes = tensors, mask, sizes
-        self.axes = tuple(
-            tensors.new_index(name, size) for name, size in zip("bhqk", sizes, strict=True)
-        )
+    def __init__(
+        self, tensors: SymbolicTensors, axes: Axes, terms: tuple[MaskTerm, ...], is_causal: bool
+    ) -> None:
+        self.tensors, self.axes, self.terms, self.is_causal = tensors, axes, terms, is_causal
+        self.name = ", ".join(f"{t.where.node.name} ({t.where.node.target})" for t in terms)
+        self.rows = (axes.query, axes.sizes[2])
+        self.keys = (axes.key, axes.sizes[3])
 
     def result(self) -> MaskProof:
         try:
-            parts = conjuncts(self._predicate())
-            padding = [p for p in parts if p.atoms(AppliedUndef)]
-            linear = [p for p in parts if not p.atoms(AppliedUndef)]
-            found = self._padding(padding)
-            if found.problem:
-                return Unknown(f"{self.mask.name}: {found.problem}")
-            return self._with_band(linear, found.node)
-        except Mutated as reason:
-            return Unknown(f"{self.mask.name}: {reason}")
-        except NotUnderstood as reason:
-            return Unknown(f"{self.mask.name} ({self.mask.target}): {reason}")
-        except Undecidable as reason:
-            return Unknown(f"{self.mask.name}: cannot be decided: {reason}")
-
-    def _predicate(self) -> Any:
-        """Where the mask lets (b, h, q, k) through."""
-        value = tensor_of(self.mask)
-        if value is None or not 2 <= value.dim() <= 4:
-            raise NotUnderstood("not a tensor of rank 2 to 4")
-        shape = self.tensors.shape(self.mask)
-        axes, sizes = self.axes[-len(shape) :], self.sizes[-len(shape) :]
-        for size, wanted in zip(shape, sizes, strict=True):
-            if size not in (1, wanted):
-                raise NotUnderstood(f"its size {size} is not seen to be 1 or {wanted}")
-        element = self.tensors.evaluate(self.mask, axes)
-        if value.dtype == torch.bool:
-            return as_bool(element)
-        if not value.dtype.is_floating_point:
-            raise NotUnderstood(f"a mask of {value.dtype}")
-        return self._visible(element, torch.finfo(value.dtype).min)
-
-    def _visible(self, element: Any, lowest: float) -> Any:
-        """Where an additive mask is 0, given that it is hidden elsewhere."""
-        if isinstance(element, float):
-            element = Choice(sympy.true, element, element)
-        if not isinstance(element, Choice):
-            raise NotUnderstood(
-                f"additive values that are not constants: {self._culprits(element)}"
+            effect = Effect()
+            for term in self.terms:
+                effect = effect.join(read_term(self.tensors, self.axes, term))
+            if self.is_causal:
+                effect.visible.append(sympy.Le(self.axes.key, self.axes.query, evaluate=False))
+            bias, shifts = classify(self.tensors, self.axes, effect.bias)
+            proof = self._visibility(conj(*effect.visible))
+            if not isinstance(proof, MaskFact):
+                return proof
+            fact = MaskFact(
+                proof.band,
+                proof.key_padding,
+                True,
+                proof.low,
+                proof.high,
+                bias,
+                shifts or effect.shifts,
             )
-        always, never = (element.cond is c for c in (sympy.true, sympy.false))
-        kinds = [
-            "visible" if v == 0 else "hidden" if v <= lowest else "other"
-            for v in (element.yes, element.no)
-        ]
-        kinds = [kinds[0]] * 2 if always else [kinds[1]] * 2 if never else kinds
-        table = {
-            ("visible", "hidden"): element.cond,
-            ("hidden", "visible"): neg(element.cond),
-            ("visible", "visible"): sympy.true,
-            ("hidden", "hidden"): sympy.false,
-        }
-        if tuple(kinds) not in table:
-            raise NotUnderstood(f"additive values {element.yes} and {element.no} are a bias")
-        return table[kinds[0], kinds[1]]
+            return Proved(fact)
+        except (NotUnderstood, Mutated) as reason:
+            return Unknown(f"{self.name}: {reason}")
+        except Undecidable as reason:
+            return Unknown(f"{self.name}: cannot be decided: {reason}")
+
+    def _visibility(self, pred: Any) -> MaskFact | MaskProof:
+        """The fact, without bias, that says the same as `pred`."""
+        pred = segments_as_intervals(self.tensors, self.axes, pred)
+        padding, placed = [], []
+        for part in conjuncts(common_factors(pred)):
+            kind = self._kind(part)
+            if kind == "padding":
+                padding.append(part)
+            elif kind == "placed":
+                placed.append(part)
+            elif kind:
+                return Unknown(f"{self.name}: {kind}")
+        joined = conj(*padding) if padding else None
+        return self._placed(conj(*placed), joined)
+
+    def _kind(self, part: Any) -> str:
+        """``padding``, ``placed`` (only the key's place counts), "" (always true) or a problem."""
+        axes = self.axes
+        free = part.free_symbols
+        if axes.head in free:
+            if not part.atoms(AppliedUndef) and self.tensors.certain(part):
+                return ""
+            return f"visibility differs between heads: {self._culprits(part)}"
+        at_key = [r for r in _outer_reads(part) if axes.key in r.free_symbols]
+        if not at_key:
+            return "placed"
+        if axes.query not in free:
+            return "padding"
+        return f"visibility depends on the row and on data at the key: {self._culprits(part)}"
 
     def _culprits(self, value: Any) -> str:
         nodes = sorted(self.tensors.read_nodes(value), key=lambda n: n.name)
         return "; ".join(self.tensors.reasons.get(n, n.name) for n in nodes) or str(value)
 
-    # -- key padding ---------------------------------------------------------------------------
+    def _placed(self, pred: Any, padding: Any) -> MaskFact | MaskProof:
+        """The fact for a predicate that reads nothing at the key."""
+        axes = self.axes
+        reads = {r: sympy.Dummy(str(r), integer=True) for r in _outer_reads(pred)}
+        pred = rewrite(pred, reads.get)
+        facts = list(self._facts(reads))
+        if axes.batch in pred.free_symbols:
+            facts += [
+                sympy.Ge(axes.batch, 0, evaluate=False),
+                sympy.Lt(axes.batch, axes.sizes[0], evaluate=False),
+            ]
+        private = frozenset(
+            s for r, s in reads.items() if r.free_symbols & {axes.batch, axes.query}
+        ) | ({axes.batch} & pred.free_symbols)
+        domain = Domain((self.rows, self.keys), self.tensors.size_bounds, tuple(facts))
+        decider = Decider(domain)
+        # Numbers that the graph computes may not take every value, so they never refute.
+        decider.opaque |= set(reads.values()) & pred.free_symbols
+        back = {symbol: read for read, symbol in reads.items()}
+        if not private:
+            band = find_band(decider, pred, self.rows, self.keys)
+            if isinstance(band, Band):
+                return MaskFact(_renamed(band, back), padding)
+            if band.reason == NotABand.EMPTY:
+                return self._refused(band)
+        found = find_interval(decider, decider.set_of(pred), self.rows, self.keys, private)
+        if isinstance(found, NoInterval):
+            return self._refused(found)
+        low, high = (e if e is None else rewrite(e, back.get) for e in (found.low, found.high))
+        return MaskFact(_renamed(found.band, back), padding, True, low, high)
 
-    def _padding(self, parts: list[Any]) -> _Padding:
-        """The 2-D node that says the same as the parts, all of which read unread tensors."""
-        if not parts:
-            return _Padding(None)
-        batch, _, _, key = self.axes
-        together = conj(*parts)
-        culprits = self._culprits(together)
-        if together.free_symbols & {self.axes[1], self.axes[2]}:
-            return _Padding(None, f"visibility depends on the row and on data: {culprits}")
-        wanted = set(conjuncts(together))
-        for node in self._slice():
-            shape = self.tensors.shape(node)
-            if len(shape) != 2 or shape[0] not in (1, self.sizes[0]) or shape[1] != self.sizes[3]:
+    def _facts(self, reads: dict[Any, sympy.Symbol]) -> Any:
+        """What is known of segments: a row's own place lies in its segment."""
+        for read, symbol in reads.items():
+            segment = self.tensors.segments.get(read.func)
+            if segment is None:
                 continue
-            value: Any = self.tensors.evaluate(node, (batch, key))
-            if isinstance(value, Choice) and not value.exact:
-                continue
-            if set(conjuncts(as_bool(value))) == wanted:
-                return _Padding(node)
-        reads = {a.args for a in together.atoms(AppliedUndef)}
-        several = len(self.tensors.read_nodes(together)) > 1 or len(reads) > 1
-        problem = "more than one padding tensor" if several else "no [B, Lk] padding node says this"
-        return _Padding(None, f"{problem}: {culprits}")
+            place = read.args[-1]
+            if segment[1] == "start":
+                yield sympy.Ge(symbol, 0, evaluate=False)
+                yield sympy.Le(symbol, place, evaluate=False)
+            else:
+                yield sympy.Ge(symbol, place, evaluate=False)
+                yield sympy.Lt(symbol, self.keys[1], evaluate=False)
 
-    def _slice(self) -> list[fx.Node]:
-        """The tensor nodes that the mask is made of, nearest first."""
-        seen: set[fx.Node] = set()
-        queue = [self.mask]
-        for node in queue:
-            if node not in seen and tensor_of(node) is not None:
-                seen.add(node)
-                if node not in self.tensors.reads.values():
-                    queue += node.all_input_nodes
-        return [n for n in dict.fromkeys(queue) if n in seen]
+    def _refused(self, why: NotABand | NoInterval) -> MaskProof:
+        text = f"{self.name}: {why.reason}"
+        return Refuted(text, why.witness) if why.certain else Unknown(text)
 
-    # -- position ------------------------------------------------------------------------------
 
-    def _with_band(self, parts: list[Any], padding: fx.Node | None) -> MaskProof:
-        batch, head, query, key = self.axes
-        kept = []
-        for part in parts:
-            if not part.free_symbols & {batch, head}:
-                kept.append(part)
-            elif not self.tensors.certain(part):
-                return Unknown(
-                    f"{self.mask.name}: it differs between batch entries or heads: {part}"
-                )
-        pairs = ((query, self.sizes[2]), (key, self.sizes[3]))
-        decider = Decider(Domain(pairs, self.tensors.size_bounds))
-        band = find_band(decider, conj(*kept), *pairs)
-        if isinstance(band, NotABand):
-            text = f"{self.mask.name}: {band.reason}"
-            return Refuted(text, band.witness) if band.certain else Unknown(text)
-        return Proved(self._fact(band, padding))
+def _outer_reads(value: Any) -> list[Any]:
+    """The reads in a value that are not the index of another read."""
+    if isinstance(value, AppliedUndef):
+        return [value]
+    return list(dict.fromkeys(r for arg in value.args for r in _outer_reads(arg)))
 
-    def _fact(self, band: Band, padding: fx.Node | None) -> MaskFact:
-        if padding is None:
-            return MaskFact(band)
-        is_bool = self.tensors.dtype(padding) == torch.bool
-        return MaskFact(band, padding.name, is_bool)
+
+def _renamed(band: Band, back: dict[sympy.Symbol, Any]) -> Band:
+    """The band with reads in the place of the symbols that stood for them."""
+    sides = [band.q_offset, band.left, band.right]
+    for n, side in enumerate(sides):
+        if isinstance(side, sympy.Expr):
+            sides[n] = rewrite(side, back.get)
+    return Band(*sides)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
-from sparse_compiler.ir.mask import Band, MaskFact, MaskProof, Proved, Refuted
+from sparse_compiler.ir.mask import Band, MaskFact, Proved, Refuted, Unknown
 from sparse_compiler.ir.report import Code, PassReport
-from sparse_compiler.ir.site import AttentionSite
 from sparse_compiler.passes.context import PassContext
+from sparse_compiler.passes.form import AttentionForm
 from sparse_compiler.passes.prove_mask import MaskProver
 
 __all__ = ["prove_masks"]
@@ -15,14 +17,29 @@ __all__ = ["prove_masks"]
 
 def prove_masks(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
     """Fill ``state.proof``; layers that share a mask share one proof."""
-    prover = MaskProver(gm.graph)
+    new = hasattr(MaskProver, "prove_form")
+    prover: Any = MaskProver(ctx.tensors(gm) if new else gm.graph)  # type: ignore
     touched = 0
     for _, state in ctx.states(gm):
         if state.site is None:
             continue
-        state.proof = _prove(state.site, prover)
+        form: AttentionForm = state.form
+        if new:
+            state.proof = proof = prover.prove_form(form.axes, form.terms, form.is_causal)
+        elif not form.terms:
+            state.proof = proof = Proved(MaskFact(Band(0, None, 0 if form.is_causal else None)))
+        elif len(form.terms) == 1:
+            state.proof = proof = prover.prove(
+                form.terms[0].where.node, state.site.query_shape, state.site.key_shape
+            )
+        else:
+            state.proof = proof = Unknown("several terms")
         touched += 1
-        proof = state.proof
+        if isinstance(proof, Proved) and proof.fact.row_shift and form.sinks is not None:
+            state.fail(
+                Code.MASK_UNKNOWN,
+                "a bias that is the same for a whole row does not cancel beside sinks",
+            )
         if state.report is None:
             continue
         if isinstance(proof, Proved):
@@ -34,13 +51,3 @@ def prove_masks(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
             code = Code.MASK_REFUTED if refuted else Code.MASK_UNKNOWN
             state.fail(code, proof.reason + witness)
     return PassReport("prove_masks", touched=touched)
-
-
-def _prove(site: AttentionSite, prover: MaskProver) -> MaskProof:
-    if site.mask is not None and site.is_causal:
-        return Refuted("a mask and is_causal=True are given together, which PyTorch refuses")
-    if site.mask is not None:
-        return prover.prove(site.mask, site.query_shape, site.key_shape)
-    if site.is_causal:
-        return Proved(MaskFact(Band(0, None, 0)))
-    return Proved(MaskFact(Band(0, None, None)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from sparse_compiler.passes.mutation import INPLACE_OPERATORS
+
 __all__ = ["is_collective", "is_mutating", "is_pure"]
 
 _IMPURE_CALLS = frozenset({"setattr", "setitem", "_log_api_usage_once", "manual_seed", "print"})
@@ -25,7 +27,7 @@ def is_mutating(node: fx.Node) -> bool:
     in_place = (
         name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_")
     )
-    return in_place or name in ("setitem", "iadd", "isub", "imul", "iand", "ior", "copy_")
+    return in_place or node.target in INPLACE_OPERATORS
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -41,5 +43,12 @@ def is_pure(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = getattr(node.target, "__name__", str(node.target))
-    random = "rand" in name or "dropout" in name or "bernoulli" in name
+    random = "rand" in name or "bernoulli" in name or ("dropout" in name and _drops(node))
     return not (random or name in _IMPURE_CALLS or is_mutating(node) or is_collective(node))
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a dropout may be active: not with ``training=False`` or a probability of 0."""
+    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+    return training is not False and probability != 0

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
@@ -16,159 +13,182 @@ from torch._dynamo.source import ConstantSource
 from sparse_compiler.ir.mask import MaskFact, Proved
 from sparse_compiler.ir.pattern import LayerPatterns
 from sparse_compiler.ir.report import Code, PassReport
-from sparse_compiler.ir.site import AttentionSite
-from sparse_compiler.passes.canonicalize import match_sdpa
+from sparse_compiler.ir.site import AttentionSite, Operand
 from sparse_compiler.passes.context import META, Decision, PassContext, SiteState
+from sparse_compiler.passes.emit_mask import MaskEmitter
+from sparse_compiler.passes.grid import call
 from sparse_compiler.passes.remove_dead import remove_dead
+from sparse_compiler.passes.sdpa import is_sdpa, sdpa_arguments
+from sparse_compiler.passes.sizes import SizeMissing
+from sparse_compiler.passes.symbolic_tensor import NotUnderstood
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits
 
 __all__ = ["rewrite_sparse"]
 
 
-class _SizeMissing(Exception):
-    """A size symbol that no input of the graph carries."""
-
-
 def rewrite_sparse(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
     """Edit the graph as decided; dead producers of masks and repeated heads go."""
-    changed = 0
+    changed, effects = 0, ()
     if not ctx.config.dryrun:
-        # One attention may feed the next: sites name nodes that an earlier rewrite has replaced.
-        replaced: dict[fx.Node, fx.Node] = {}
-        for node, state in ctx.states(gm):
-            if state.site is not None:
-                state.site = _current(state.site, replaced)
-            changed += _rewrite(gm, node, state, ctx, replaced)
+        rewriter = _Rewriter(gm, ctx)
+        changed, effects = rewriter.run()
         if changed:
             gm.graph.lint()
             gm.recompile()
     for node in gm.graph.nodes:
         node.meta.pop(META, None)
-    return PassReport("rewrite_sparse", touched=changed)
+    ctx.edited()
+    return PassReport("rewrite_sparse", touched=changed, removed_effects=effects)
 
 
-def _current(site: AttentionSite, replaced: dict[fx.Node, fx.Node]) -> AttentionSite:
-    names = ("query", "key", "value")
-    nodes = {name: getattr(site, name) for name in names}
-    return replace(site, **{name: replaced.get(node, node) for name, node in nodes.items()})
+class _Rewriter:
+    """Rewrites the sites of one graph one after the other; what they leave behind goes at the end."""
 
+    def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        self.gm, self.graph, self.ctx = gm, gm.graph, ctx
+        self.masks = MaskEmitter(gm.graph, ctx.tensors(gm))
+        # One attention may feed the next: sites name nodes that an earlier rewrite has replaced.
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.left: list[fx.Node] = []
+        self.owned: set[fx.Node] = set()
 
-def _rewrite(
-    gm: fx.GraphModule,
-    node: fx.Node,
-    state: SiteState,
-    ctx: PassContext,
-    replaced: dict[fx.Node, fx.Node],
-) -> bool:
-    site, report = state.site, state.report
-    if site is None or report is None or not isinstance(state.proof, Proved):
-        return False
-    fact = state.proof.fact
-    if state.decision is not None:
-        try:
-            replaced[node] = _sparse(gm, site, fact, state.decision, ctx, report)
-            return True
-        except _SizeMissing as missing:
-            reason = f"size {missing} in the mask is not an input of the graph"
-            state.fail(Code.SIZES, reason)
-            report.decision, report.code, report.reason = "declined", Code.SIZES, reason
-            report.pattern, report.conditions = "", list(state.conditions)
-    return _plain(gm, site, fact, report)
+    def run(self) -> tuple[int, tuple[str, ...]]:
+        changed = sum(self._rewrite(node, state) for node, state in self.ctx.states(self.gm))
+        # Last of all: until here every node that a site names must stay.
+        left = [n for n in self.left if n.graph is self.graph and n not in self.replaced]
+        return changed, remove_dead(self.graph, left, self.owned)[1]
 
+    def _rewrite(self, node: fx.Node, state: SiteState) -> bool:
+        site, report = state.site, state.report
+        if site is None or report is None or not isinstance(state.proof, Proved):
+            return False
+        fact = state.proof.fact
+        if state.decision is not None:
+            try:
+                self._sparse(state, site, fact, state.decision)
+                return True
+            except (SizeMissing, NotUnderstood) as missing:
+                reason = f"the mask cannot be computed from the graph's inputs: {missing}"
+                state.fail(Code.SIZES, reason)
+                report.decision, report.code, report.reason = "declined", Code.SIZES, reason
+                report.pattern, report.conditions = "", list(state.conditions)
+        return self._plain(site, fact, report)
 
-def _plain(gm: fx.GraphModule, site: AttentionSite, fact: MaskFact, report: Any) -> bool:
-    """SDPA without its mask, where a flag says the same."""
-    band = fact.band
-    aligned = band.causal and band.left is None and band.q_offset == 0
-    if site.mask is None or fact.key_padding is not None or not (band.full or aligned):
-        return False
-    node = site.node
-    form = match_sdpa(node)
-    if form is None:
-        return False
-    kwargs = {"dropout_p": form.dropout, "is_causal": aligned, "scale": form.scale}
-    if form.gqa:
-        kwargs["enable_gqa"] = True
-    mask = site.mask
-    node.args, node.kwargs = (form.query, form.key, form.value), kwargs
-    report.mask_removed = True
-    remove_dead(gm.graph, [mask])
-    return True
+    def _plain(self, site: AttentionSite, fact: MaskFact, report: Any) -> bool:
+        """SDPA without its mask, where a flag says the same."""
+        band, node = fact.band, site.node
+        aligned = band.causal and band.left is None and band.q_offset == 0
+        alone = fact.key_padding is None and not fact.bounded and not fact.bias
+        if not is_sdpa(node) or not alone or not (band.full or aligned):
+            return False
+        given = sdpa_arguments(node)
+        mask = given["attn_mask"]
+        if not isinstance(mask, fx.Node):
+            return False
+        kwargs = {"dropout_p": given["dropout_p"], "is_causal": aligned, "scale": given["scale"]}
+        if given["enable_gqa"]:
+            kwargs["enable_gqa"] = True
+        node.args, node.kwargs = (given["query"], given["key"], given["value"]), kwargs
+        report.mask_removed = True
+        self.left.append(mask)
+        return True
 
+    def _sparse(
+        self, state: SiteState, site: AttentionSite, fact: MaskFact, decision: Decision
+    ) -> None:
+        graph, node, report = self.graph, site.node, state.report
+        with graph.inserting_before(node):
+            # First what may fail, so that nothing else has been inserted then.
+            mask = self.masks.operands(state.form.axes, fact, site)
+            sinks = None if site.sinks is None else self._emit(site.sinks)
+            q, k, v = (self._emit(o) for o in (site.query, site.key, site.value))
+            q = self._scaled(q, site)
+            number = self.ctx.site_numbers()
+            both = self._call_operators(site, decision, (q, k, v), mask, sinks, number)
+            out = call(graph, operator.getitem, both, 0)
+            for method, arguments in site.output:
+                out = call(graph, method, out, *arguments)
+            out = self._like(out, node)
+        if report is not None:
+            report.number = number
+        example = out.meta.get("example_value")
+        out.meta = {k: v for k, v in node.meta.items() if k != META}
+        out.meta.setdefault("example_value", example)
+        self.left += [*state.form.inner, *node.all_input_nodes]
+        self.left += [t.where.node for t in state.form.terms]
+        self.owned |= set(state.form.inner)
+        node.replace_all_uses_with(out)
+        self.replaced[node] = out
+        graph.erase_node(node)
 
-def _sparse(
-    gm: fx.GraphModule,
-    site: AttentionSite,
-    fact: MaskFact,
-    decision: Decision,
-    ctx: PassContext,
-    report: Any,
-) -> fx.Node:
-    graph, node = gm.graph, site.node
-    patterns, capability = decision.patterns, decision.capability
-    num_k = site.key_shape[2]
-    slots = _slots(patterns)
-    limits = _limits(patterns, capability.block_q, capability.block_k, num_k)
-    with graph.inserting_before(node):
-        sizes = [_size(graph, size) for size in _band_sizes(fact)]
-        key_mask = _key_mask(graph, fact, site)
-        params = _parameters(gm, patterns, slots, site)
-        report.number = ctx.site_numbers()
-        budget = -1.0 if patterns.budget is None else patterns.budget
-        choice = (budget, decision.min_tokens, capability.name, report.number)
+    def _emit(self, operand: Operand) -> fx.Node:
+        node = self.replaced.get(operand.node, operand.node)
+        for method, arguments in operand.steps:
+            node = call(self.graph, method, node, *arguments)
+        return node
+
+    def _scaled(self, query: fx.Node, site: AttentionSite) -> fx.Node:
+        """The query times what multiplies the scores beside the scale."""
+        dtype = site.query.example.dtype
+        for factor, divides in site.factors:
+            target = operator.truediv if divides else operator.mul
+            query = call(self.graph, target, query, self._emit(factor))
+        return call(self.graph, "to", query, dtype) if site.factors else query
+
+    def _like(self, out: fx.Node, node: fx.Node) -> fx.Node:
+        """The result in the dtype of the node that it replaces."""
+        old = node.meta.get("example_value", node.meta.get("val"))
+        new = out.meta["example_value"]
+        return out if old is None or old.dtype == new.dtype else call(self.graph, "to", out, old.dtype)
+
+    def _call_operators(
+        self,
+        site: AttentionSite,
+        decision: Decision,
+        tensors: tuple[fx.Node, fx.Node, fx.Node],
+        mask: Any,
+        sinks: fx.Node | None,
+        number: int,
+    ) -> fx.Node:
+        graph, patterns, capability = self.graph, decision.patterns, decision.capability
+        q, k, v = tensors
+        slots = _slots(patterns, mask.causal)
         blocking = (capability.block_q, capability.block_k)
+        limits = _limits(patterns, *blocking, site.key_shape[2], mask.causal)
+        params = _parameters(self.gm, patterns, slots, site)
+        budget = -1.0 if patterns.budget is None else patterns.budget
+        choice = (budget, decision.min_tokens, capability.name, number)
         chosen = [registry.get(name) for name in patterns.names]
         readers = [pattern.number for pattern in chosen if pattern.reads_summary]
         ops = torch.ops.sparse_compiler
-        band = (None, key_mask, *sizes)
-        summary = graph.call_function(
+        summary = call(
+            graph,
             ops.summarize_keys.default,
-            (site.key, None, key_mask, capability.block_k, readers, *choice),
+            *(k, mask.rows, mask.key_mask, capability.block_k, readers, *choice),
         )
-        index = graph.call_function(
+        index = call(
+            graph,
             ops.select.default,
-            (
-                *(site.query, site.key, summary, params, *band, site.scale, *blocking),
-                [pattern.number for pattern in chosen],
-                [sum(s >= 0 for s, _ in slots), sum(t >= 0 for _, t in slots)],
-                limits,
-                *choice,
-            ),
+            *(q, k, summary, params, *mask.band, site.scale, *blocking),
+            [pattern.number for pattern in chosen],
+            [sum(s >= 0 for s, _ in slots), sum(t >= 0 for _, t in slots)],
+            limits,
+            *choice,
         )
-        lists = [graph.call_function(operator.getitem, (index, i)) for i in range(11)]
-        both = graph.call_function(
+        lists = [call(graph, operator.getitem, index, i) for i in range(11)]
+        return call(
+            graph,
             ops.attend.default,
-            (
-                *(site.query, site.key, site.value, *lists, *band, site.scale, site.softcap),
-                *blocking,
-                *choice,
-            ),
+            *(q, k, v, *lists, *mask.band, site.scale, site.softcap, sinks, *blocking, *choice),
         )
-        out = graph.call_function(operator.getitem, (both, 0))
-    out.meta = {k: v for k, v in node.meta.items() if k != META}
-    operands = list(node.all_input_nodes)
-    node.replace_all_uses_with(out)
-    graph.erase_node(node)
-    remove_dead(graph, operands)
-    return out
 
 
-def _band_sizes(fact: MaskFact) -> tuple[Any, Any, Any]:
-    """(q_offset, left, right) as the operators want them: -1 is unbounded."""
-    band = fact.band
-    return (
-        band.q_offset,
-        -1 if band.left is None else band.left,
-        -1 if band.right is None else band.right,
-    )
-
-
-def _slots(patterns: LayerPatterns) -> list[tuple[int, int]]:
+def _slots(patterns: LayerPatterns, causal: bool) -> list[tuple[int, int]]:
     """(band slot, block slot) of each head, -1 where it has none."""
     found, band, listed = [], 0, 0
     for head in patterns.heads:
-        if registry.get(head.name).component == "band":
+        if registry.get(head.name).component_for(causal) == "band":
             found.append((band, -1))
             band += 1
         else:
@@ -177,7 +197,9 @@ def _slots(patterns: LayerPatterns) -> list[tuple[int, int]]:
     return found
 
 
-def _limits(patterns: LayerPatterns, block_q: int, block_k: int, num_k: Any) -> list[int]:
+def _limits(
+    patterns: LayerPatterns, block_q: int, block_k: int, num_k: Any, causal: bool
+) -> list[int]:
     """Host-side bounds for the capacities; no bound where only the run time knows the numbers."""
     joined = Limits()
     for head in dict.fromkeys(patterns.heads):
@@ -186,7 +208,7 @@ def _limits(patterns: LayerPatterns, block_q: int, block_k: int, num_k: Any) -> 
             if patterns.budget >= 1 or not isinstance(num_k, int):
                 return [-1, -1, -1]
             head = pattern.from_budget(patterns.budget, num_k, block_q)
-        joined = joined.join(pattern.limits(head, block_q, block_k))
+        joined = joined.join(pattern.limits(head, block_q, block_k, causal))
     return [joined.columns, joined.distances, joined.blocks]
 
 
@@ -198,7 +220,7 @@ def _parameters(
         [registry.get(head.name).number, head.first, head.second, *slot]
         for head, slot in zip(patterns.heads, slots, strict=True)
     ]
-    device = site.query.meta["example_value"].device
+    device = site.query.example.device
     # A digest of the contents: two different tables never share a name, and the same model gives the
     # same graph in every process, so that Inductor's cache on disk is hit.
     digest = hashlib.sha256(f"{device} {rows}".encode()).hexdigest()
@@ -210,55 +232,7 @@ def _parameters(
         if sources is not None:
             sources[name] = ConstantSource(source_name=name)
     node = gm.graph.get_attr(name)
-    node.meta["example_value"] = getattr(gm, name)
+    mode = getattr(site.query.example, "fake_mode", None)
+    buffer = getattr(gm, name)
+    node.meta["example_value"] = buffer if mode is None else mode.from_tensor(buffer)
     return node
-
-
-def _key_mask(graph: fx.Graph, fact: MaskFact, site: AttentionSite) -> fx.Node | None:
-    """Bool [B, Lk] from the padding tensor of the mask, or None."""
-    if fact.key_padding is None:
-        return None
-    node = next(n for n in graph.nodes if n.name == fact.key_padding)
-    if not fact.key_padding_is_bool:
-        node = graph.call_method("to", (node, torch.bool))
-    query = graph.call_method("size", (site.query, 0))
-    return graph.call_method("expand", (node, query, -1))
-
-
-_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    sympy.Add: operator.add,
-    sympy.Mul: operator.mul,
-}
-
-
-def _size(graph: fx.Graph, size: Any) -> Any:
-    """An int, or nodes that compute a symbolic size from the graph's size inputs.
-
-    Raises:
-        _SizeMissing: a symbol has no input, or an operation is not a sum or product.
-    """
-    if isinstance(size, int):
-        return size
-    if isinstance(size, sympy.Integer):
-        return int(size)
-    if isinstance(size, sympy.Symbol):
-        return _symbol(graph, size)
-    operation = next((f for kind, f in _ARITHMETIC.items() if isinstance(size, kind)), None)
-    if operation is None:
-        raise _SizeMissing(size)
-    parts = [_size(graph, part) for part in size.args]
-    total = parts[0]
-    for part in parts[1:]:
-        both = isinstance(total, int) and isinstance(part, int)
-        total = operation(total, part) if both else graph.call_function(operation, (total, part))
-    return total
-
-
-def _symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            break
-        value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-            return node
-    raise _SizeMissing(symbol)

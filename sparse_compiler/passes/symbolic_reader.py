@@ -98,6 +98,8 @@ class SymbolicReader:
     Attributes:
         reads: which node each uninterpreted function symbol stands for.
         reasons: for each node that became uninterpreted, why.
+        segments: for each function made by `segment`, its node and side.
+        shared: what callers keep for the lifetime of the reader.
     """
 
     def __init__(self, graph: fx.Graph, handlers: Mapping[str, Evaluate]) -> None:
@@ -105,10 +107,15 @@ class SymbolicReader:
         self.mutations = MutationMap(graph)
         self.reads: dict[Any, fx.Node] = {}
         self.reasons: dict[fx.Node, str] = {}
+        self.segments: dict[Any, tuple[fx.Node, str]] = {}
         self.size_bounds: dict[sympy.Symbol, tuple[int | None, int | None]] = {}
+        self.shared: dict[Any, Any] = {}
         self._functions: dict[fx.Node, Any] = {}
         self._index_sizes: dict[sympy.Symbol, sympy.Expr] = {}
         self._memo: dict[tuple[fx.Node, Index], Value] = {}
+        # The operation that is being read and when it ran: its operands are what they were then.
+        self._consumer: fx.Node | None = None
+        self._moment: fx.Node | None = None
 
     # -- sizes and indices ---------------------------------------------------------------------
 
@@ -191,17 +198,43 @@ class SymbolicReader:
         Returns:
             The value; an uninterpreted read where the operation is not understood.
         Raises:
-            Mutated: memory that the value depends on is written in place somewhere.
+            Mutated: memory that the value depends on is written in place before it is used (for
+                `node` itself: anywhere).
             NotUnderstood: not a tensor.
         """
+        moment = self._check_memory(node)
         place = tuple(
             sympy.Integer(0) if n == 1 else i for i, n in zip(index, self.shape(node), strict=True)
         )
         key = (node, place)
         known = self._memo.get(key)
         if known is None:
-            known = self._memo[key] = self._evaluate(node, place)
+            outer = self._consumer, self._moment
+            self._consumer, self._moment = node, moment
+            try:
+                known = self._memo[key] = self._evaluate(node, place)
+            finally:
+                self._consumer, self._moment = outer
         return known
+
+    def _check_memory(self, node: fx.Node) -> fx.Node | None:
+        """The operation that takes the value of `node` out of its memory; None is the reader's
+        caller, who may do so at any time.
+
+        Raises:
+            Mutated: the memory is written before that.
+        """
+        moment = self._moment
+        if self._consumer is not None and not self.mutations.same_memory(node, self._consumer):
+            moment = self._consumer
+        written = (
+            self.mutations.written(node)
+            if moment is None
+            else self.mutations.written_before(node, moment)
+        )
+        if written:
+            raise Mutated(f"{node.name} ({node.target}) is written in place")
+        return moment
 
     def evaluate_scalar(self, value: Any, index: Sequence[sympy.Expr]) -> Value:
         """An operand that is a number, a SymInt, or a tensor node whose shape broadcasts to
@@ -246,13 +279,23 @@ class SymbolicReader:
             self.reads[function] = node
         return function(*index)
 
+    def segment(self, node: fx.Node, side: str, index: Index) -> sympy.Expr:
+        """The first (side ``start``) or last (``end``) position along the last dimension of `node`
+        that holds the same value as `index` does; the values never decrease along it.
+        """
+        name = f"{side}_{node.name}"
+        function = next((f for f, s in self.segments.items() if s == (node, side)), None)
+        if function is None:
+            function = sympy.Function(name, integer=True)
+            self.segments[function] = (node, side)
+        return function(*index)
+
     def read_nodes(self, value: Any) -> set[fx.Node]:
         """The nodes that a value reads without understanding them."""
-        return {self.reads[a.func] for a in value.atoms(AppliedUndef) if a.func in self.reads}
+        atoms = value.atoms(AppliedUndef) if hasattr(value, "atoms") else ()
+        return {self.reads[a.func] for a in atoms if a.func in self.reads}
 
     def _evaluate(self, node: fx.Node, index: Index) -> Value:
-        if self.mutations.written(node):
-            raise Mutated(f"{node.name} ({node.target}) is written in place")
         name = operation(node)
         handler = self._handlers.get(name) if name is not None else None
         if handler is None:

@@ -10,12 +10,22 @@ from sparse_compiler.passes.symbolic_reader import (
     Index,
     Mutated,
     SymbolicReader,
+    argument,
+    operation,
     tensor_of,
 )
 from sparse_compiler.passes.symbolic_values import NotUnderstood
 from sparse_compiler.passes.symbolic_views import VIEWS, View
 
-__all__ = ["Index", "Mutated", "NotUnderstood", "SymbolicTensors", "tensor_of"]
+__all__ = [
+    "Index",
+    "Mutated",
+    "NotUnderstood",
+    "SymbolicTensors",
+    "argument",
+    "operation",
+    "tensor_of",
+]
 
 
 def _through(view: View) -> Evaluate:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import torch
 
 from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import BandChoice, BandRule, Limits, Pattern, SelectRequest
+from sparse_compiler.patterns.base import (
+    BandChoice,
+    BandRule,
+    BlockChoice,
+    Limits,
+    Pattern,
+    SelectRequest,
+)
+from sparse_compiler.patterns.relation import request_relation
+from sparse_compiler.patterns.two_sided import local_blocks, sink_blocks
 
 __all__ = ["AShape"]
 
 
 class AShape(Pattern):
     """Keep the first ``first`` (sink) visible keys and the last ``second`` (local) distances.
+
+    Under a mask that shows later keys the local window reaches as far to both sides.
 
     Source: MInference 1.0, section 3.1; StreamingLLM.
     """
@@ -20,18 +31,23 @@ class AShape(Pattern):
     config_name = "stream_llm"
     number = 1
     component = "band"
+    needs_causal = False
     rule = BandRule(number, "nearest")
 
     def default(self) -> HeadPattern:
         return HeadPattern(self.name, 128, 3968)
 
-    def limits(self, head: HeadPattern, block_q: int, block_k: int) -> Limits:
-        return Limits(columns=head.first, distances=head.second)
+    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
+        return Limits(columns=head.first, distances=head.second, blocks=0 if causal else -1)
 
-    def from_budget(self, budget: float, num_keys: int, block_q: int) -> HeadPattern:
-        tokens = max(1, round(budget * num_keys / 2))
+    def from_budget(
+        self, budget: float, num_keys: int, block_q: int, causal: bool = True
+    ) -> HeadPattern:
+        # A row of a causal mask sees half of the keys; of another all, with a window on both sides.
+        tokens = max(1, round(budget * num_keys / 2 if causal else budget * num_keys))
         sink = min(128, tokens // 4)
-        return HeadPattern(self.name, sink, max(1, tokens - sink))
+        local = tokens - sink
+        return HeadPattern(self.name, sink, max(1, local if causal else (local + 1) // 2))
 
     def choose(self, request: SelectRequest) -> BandChoice:
         device = request.q.device
@@ -43,6 +59,13 @@ class AShape(Pattern):
         distance = torch.arange(request.geometry.distance_size(num_q), device=device)
         local = distance < request.second[:, None].clamp(min=1)
         return BandChoice(columns, local.expand(batch, -1, -1))
+
+    def choose_two_sided(self, request: SelectRequest) -> BlockChoice:
+        visible, own = request_relation(request)
+        kept = sink_blocks(request, request.first) | local_blocks(
+            request, request.second.clamp(min=1)
+        )
+        return BlockChoice((kept & visible[:, None]) | own[:, None])
 
     def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
         return min(1.0, 2 * (head.first + head.second + block_q) / num_keys)

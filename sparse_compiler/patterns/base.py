@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparse_compiler.errors import PatternInvalid
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
 
@@ -111,6 +112,8 @@ class SelectRequest:
         key_mask: bool [B, Lk] or None.
         scale: of the scores.
         limits: host-side bounds of what may be listed.
+        bounds: int32 [B, Lq, 2] or None, the keys between which each row sees; as in ``ops``.
+        bias: added to the logits, of rank 4 or 2, or None; as in ``ops``.
         probe: ``(heads, first_row, num_rows) -> (columns, distances)``, see ``Executor.probe``.
         keep_best: as the function of that name.
     """
@@ -128,6 +131,8 @@ class SelectRequest:
     limits: Limits
     probe: Probe
     keep_best: KeepBest = keep_best
+    bounds: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,10 @@ class Pattern(ABC):
         name: unique; the value of the option ``pattern``.
         config_name: its name in the published per-head format, or None.
         number: id stored in the parameter tensor; unique among registered patterns.
-        component: ``band`` or ``blocks``, the part of the index that it fills.
-        needs_causal: True if it makes sense for causal masks only.
+        component: ``band`` or ``blocks``, the part of the index that it fills for causal masks.
+            The band is stored by distance from a row's position and is causal, so for every other
+            mask a pattern fills blocks.
+        needs_causal: True if it makes sense for causal masks only: no ``choose_two_sided``.
         reads_summary: True if it reads the means of key blocks.
         rule: what ``choose`` does, where a rule can say it; an executor may take it instead.
     """
@@ -175,20 +182,50 @@ class Pattern(ABC):
     def default(self) -> HeadPattern:
         """Numbers for a head about which nothing is known."""
 
-    @abstractmethod
-    def limits(self, head: HeadPattern, block_q: int, block_k: int) -> Limits:
-        """Host-side bounds for one head with these numbers and this blocking."""
+    def component_for(self, causal: bool) -> Literal["band", "blocks"]:
+        """The part of the index that it fills under a mask that is causal, or is not."""
+        return self.component if causal else "blocks"
 
     @abstractmethod
-    def from_budget(self, budget: float, num_keys: int, block_q: int) -> HeadPattern:
-        """Numbers whose computed pairs come near ``budget`` of the causal pairs of ``num_keys``.
+    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
+        """Host-side bounds for one head with these numbers and this blocking.
+
+        ``causal``: the mask is; where it is not, ``columns`` and ``distances`` bound what the head
+        may rank, and nothing of the index but ``blocks`` is filled.
+        """
+
+    @abstractmethod
+    def from_budget(
+        self, budget: float, num_keys: int, block_q: int, causal: bool = True
+    ) -> HeadPattern:
+        """Numbers whose computed pairs come near ``budget`` of the allowed pairs of ``num_keys``.
 
         ``block_q``: rows of a row block, which share what any of them keeps.
+        ``causal``: the mask is; else every row sees every key.
         """
 
     @abstractmethod
     def choose(self, request: SelectRequest) -> BandChoice | BlockChoice:
         """Estimate what matters; no host synchronisation, fixed shapes."""
+
+    def choose_two_sided(self, request: SelectRequest) -> BlockChoice:
+        """What ``choose`` says, as key blocks, under a mask that may show keys on both sides.
+
+        Every row block keeps the blocks of its own positions (``block_relation``).
+
+        Raises:
+            PatternInvalid: the pattern knows causal masks only.
+        """
+        if self.component == "blocks":
+            choice = self.choose(request)
+            assert isinstance(choice, BlockChoice)
+            return choice
+        raise PatternInvalid(
+            f"the mask of a head with pattern {self.name!r}",
+            "causal, since the pattern defines no choice on both sides",
+            f"left={request.geometry.left}, right={request.geometry.right}",
+            fix="Implement choose_two_sided, or choose another pattern.",
+        )
 
     @abstractmethod
     def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:

@@ -8,19 +8,24 @@ from torch import Tensor
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns.base import BlockChoice, Limits, Pattern, SelectRequest
+from sparse_compiler.patterns.relation import request_relation
 
 __all__ = ["PUBLISHED_BLOCK", "BlockSparse"]
 
 PUBLISHED_BLOCK = 64
 """Tokens in the blocks that the published numbers count."""
 
+#: The most elements of a bias that are looked at together.
+_CHUNK = 1 << 24
+
 
 class BlockSparse(Pattern):
     """Keep, for each row block, the ``first`` best key blocks of 64 tokens (fewer, if larger).
 
     The blocks that hold the row block's own positions are always kept, so that no row loses its
-    diagonal; a mean over a block that reaches past the row block is never ranked, so the choice for
-    a row block depends on nothing after it.
+    diagonal; a mean over a block that reaches past the row block is never ranked, so under a causal
+    mask the choice for a row block depends on nothing after it. A bias is added at the blocks'
+    resolution.
 
     Source: MInference 1.0, section 3.2 and algorithm 2.
     """
@@ -35,17 +40,21 @@ class BlockSparse(Pattern):
     def default(self) -> HeadPattern:
         return HeadPattern(self.name, 100)
 
-    def limits(self, head: HeadPattern, block_q: int, block_k: int) -> Limits:
+    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
         # A row block may straddle one key block more than it has room for, and keeps all of its own.
         return Limits(blocks=max(_scaled(head.first, block_k), -(-block_q // block_k) + 1))
 
-    def from_budget(self, budget: float, num_keys: int, block_q: int) -> HeadPattern:
-        return HeadPattern(self.name, max(1, round(budget * num_keys / 2 / PUBLISHED_BLOCK)))
+    def from_budget(
+        self, budget: float, num_keys: int, block_q: int, causal: bool = True
+    ) -> HeadPattern:
+        # A row of a causal mask sees half of the keys.
+        seen = num_keys / 2 if causal else num_keys
+        return HeadPattern(self.name, max(1, round(budget * seen / PUBLISHED_BLOCK)))
 
     def choose(self, request: SelectRequest) -> BlockChoice:
-        return BlockChoice(
-            torch.stack([_choose_head(request, s) for s in range(len(request.heads))], 1)
-        )
+        relation = request_relation(request)
+        slots = range(len(request.heads))
+        return BlockChoice(torch.stack([_choose_head(request, s, *relation) for s in slots], 1))
 
     def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
         return min(1.0, 2 * (max(1, head.first) * PUBLISHED_BLOCK + block_q) / num_keys)
@@ -55,8 +64,11 @@ def _scaled(blocks: int, block_k: int) -> int:
     return max(1, -(-blocks * PUBLISHED_BLOCK // block_k))
 
 
-def _choose_head(request: SelectRequest, slot: int) -> Tensor:
-    """Blocks of one slot, bool [B, row blocks, key blocks]; one head at a time bounds the memory."""
+def _choose_head(request: SelectRequest, slot: int, visible: Tensor, own: Tensor) -> Tensor:
+    """Blocks of one slot, bool [B, row blocks, key blocks]; one head at a time bounds the memory.
+
+    ``visible`` and ``own`` as from ``block_relation``.
+    """
     geometry = request.geometry
     head = request.heads[slot : slot + 1]
     groups = request.q.shape[1] // request.k.shape[1]
@@ -64,9 +76,8 @@ def _choose_head(request: SelectRequest, slot: int) -> Tensor:
     means = _block_means(queries, geometry.block_q)
     summary = request.summary.index_select(1, head // groups)[:, 0].float()
     scores = torch.matmul(means, summary.transpose(-1, -2)) * request.scale
-    visible, own = block_relation(
-        geometry, request.q.shape[2], request.k.shape[2], request.rows, request.key_mask
-    )
+    if request.bias is not None:
+        scores = scores + _block_bias(request.bias, head, geometry, request.q.shape[2])
     scores = torch.where(scores.isnan(), float("inf"), scores)
     scores = scores.masked_fill(own, float("inf")).masked_fill(~visible, float("-inf"))
     most = request.limits.blocks
@@ -91,33 +102,50 @@ def _block_means(queries: Tensor, block_q: int) -> Tensor:
     return padded.view(batch, blocks, block_q, dim).sum(2) / sizes[:, None]
 
 
-def block_relation(
-    geometry: Geometry, num_q: int, num_k: int, rows: Tensor, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Which key blocks a row block can see at all, and which hold its own positions.
+def _block_bias(bias: Tensor, head: Tensor, geometry: Geometry, num_q: int) -> Tensor:
+    """The bias of one head between blocks, float32 [B or 1, row blocks or 1, key blocks].
+
+    Of a table by distance the value at the blocks' centres, else the mean over a block's pairs that
+    the bias does not hide; -inf where it hides all of them.
 
     Args:
-        geometry, rows, key_mask: as in ``SelectRequest``.
-    Returns:
-        Two bool [B, row blocks, key blocks].
+        bias: of rank 4 or 2, as in ``ops``.
+        head: int64 [1].
     """
-    device = rows.device
     size_q, size_k = geometry.block_q, geometry.block_k
-    first = torch.arange(geometry.num_row_blocks(num_q), device=device) * size_q
-    position = first[None, :, None] + rows[:, 2, None, None]
-    last = position + size_q - 1
-    key = torch.arange(geometry.num_key_blocks(num_k), device=device) * size_k
-    visible = torch.ones(
-        rows.shape[0], first.shape[0], key.shape[0], dtype=torch.bool, device=device
-    )
-    if geometry.right >= 0:
-        visible &= key <= last + geometry.right
-    if geometry.left >= 0:
-        visible &= key + size_k > position - geometry.left
-    kv_start, kv_end = rows[:, 3, None, None], (rows[:, 3] + rows[:, 4])[:, None, None]
-    visible &= (key + size_k > kv_start) & (key < kv_end)
-    if key_mask is not None:
-        padded = torch.nn.functional.pad(key_mask, (0, key.shape[0] * size_k - num_k))
-        visible &= padded.view(rows.shape[0], 1, -1, size_k).any(-1)
-    own = visible & (key + size_k > position) & (key <= last)
-    return visible, own
+    if bias.dim() == 2:
+        table = bias.index_select(0, head if bias.shape[0] > 1 else torch.zeros_like(head))[0]
+        num_k = table.shape[0] - num_q + 1
+        row = torch.arange(geometry.num_row_blocks(num_q), device=bias.device) * size_q
+        key = torch.arange(geometry.num_key_blocks(num_k), device=bias.device) * size_k
+        row, key = (
+            (row + size_q // 2).clamp(max=num_q - 1),
+            (key + size_k // 2).clamp(max=num_k - 1),
+        )
+        return table[key - row[:, None] + (num_q - 1)].float()[None]
+    if bias.shape[2] == 1:
+        return _pooled(_of_head(bias, head), 1, size_k)
+    step = max(1, _CHUNK // (bias.shape[0] * bias.shape[3] * size_q)) * size_q
+    parts = [
+        _pooled(_of_head(bias[:, :, first : first + step], head), size_q, size_k)
+        for first in range(0, num_q, step)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _of_head(bias: Tensor, head: Tensor) -> Tensor:
+    """[B or 1, L, Lk] of one head of a bias of rank 4."""
+    return (bias.index_select(1, head) if bias.shape[1] > 1 else bias)[:, 0]
+
+
+def _pooled(bias: Tensor, size_q: int, size_k: int) -> Tensor:
+    """Means over blocks of [B, L, Lk] without what is -inf; float32 [B, row blocks, key blocks]."""
+    batch, num_q, num_k = bias.shape
+    hidden = float("-inf")
+    pad = (0, -num_k % size_k, 0, -num_q % size_q)
+    padded = torch.nn.functional.pad(bias.float(), pad, value=hidden)
+    tiles = padded.view(batch, -1, size_q, padded.shape[2] // size_k, size_k)
+    shown = tiles != hidden
+    count = shown.sum((2, 4))
+    total = torch.where(shown, tiles, 0.0).sum((2, 4))
+    return torch.where(count > 0, total / count.clamp(min=1), hidden)

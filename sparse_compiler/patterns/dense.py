@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import BandChoice, BandRule, Limits, Pattern, SelectRequest
+from sparse_compiler.patterns.base import (
+    BandChoice,
+    BandRule,
+    BlockChoice,
+    Limits,
+    Pattern,
+    SelectRequest,
+)
+from sparse_compiler.patterns.relation import request_relation
 
 __all__ = ["Dense"]
 
@@ -16,15 +24,18 @@ class Dense(Pattern):
     name = "dense"
     number = 0
     component = "band"
+    needs_causal = False
     rule = BandRule(number, "all")
 
     def default(self) -> HeadPattern:
         return HeadPattern(self.name)
 
-    def limits(self, head: HeadPattern, block_q: int, block_k: int) -> Limits:
-        return Limits(columns=0, distances=-1)
+    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
+        return Limits(columns=0, distances=-1, blocks=0 if causal else -1)
 
-    def from_budget(self, budget: float, num_keys: int, block_q: int) -> HeadPattern:
+    def from_budget(
+        self, budget: float, num_keys: int, block_q: int, causal: bool = True
+    ) -> HeadPattern:
         return self.default()
 
     def choose(self, request: SelectRequest) -> BandChoice:
@@ -37,6 +48,10 @@ class Dense(Pattern):
                 *shape, request.geometry.distance_size(num_q), dtype=torch.bool, device=device
             ),
         )
+
+    def choose_two_sided(self, request: SelectRequest) -> BlockChoice:
+        visible, _ = request_relation(request)
+        return BlockChoice(visible[:, None].expand(-1, request.heads.shape[0], -1, -1))
 
     def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
         return 1.0

@@ -77,7 +77,7 @@ class Launch:
         types: Triton types of arguments by name, e.g. ``{"edges": "i32"}``, where the rule that
             this module applies to names does not hold.
     Pointers and strides count as multiples of 16, as they are for almost every tensor; other
-    integers as ordinary ones.
+    integers as ordinary ones. A bias has the dtype of q, and its keys lie side by side.
     """
 
     spec: KernelSpec
@@ -92,7 +92,7 @@ def _type_of(name: str, spec: KernelSpec) -> str:
         assert isinstance(spec, AttendSpec)
         width = spec.head_pad if name == "k_tiles" else spec.value_pad
         return f"tensordesc<{element}[1, 1, {spec.step_k}, {width}]>"
-    if name in ("q", "k", "v", "out"):
+    if name in ("q", "k", "v", "out", "logit_bias"):
         return f"*{element}"
     if name in _FLOAT_POINTERS or (
         isinstance(spec, ProbeSpec) and name in ("columns", "distances")
@@ -100,6 +100,8 @@ def _type_of(name: str, spec: KernelSpec) -> str:
         return "*fp32"
     if name in _FLOATS:
         return _FLOATS[name]
+    if name == "bias_stride_k":
+        return "constexpr"  # 1, which a launch writes into the kernel
     if name in PLAIN_SIZES.get(spec.template, ()) or "stride" in name:
         return "i32"
     return _BYTES.get(name) or _LONG.get(name) or "*i32"
@@ -121,13 +123,17 @@ def compile_launch(launch: Launch, module: ModuleType, target: GPUTarget) -> Any
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or "stride" in name
+        if signature[name] != "constexpr" and not kernel.params[place].do_not_specialize
+    }
+    constants = {
+        (place,): 1 for place, name in enumerate(kernel.arg_names) if signature[name] == "constexpr"
     }
     source: Any = ASTSource
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
 
         source = GluonASTSource
-    ast_source = source(fn=kernel, signature=signature, constexprs={}, attrs=attributes)
+    ast_source = source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     # As a launch would set them: the result is found again under the same key.
     options = {
         "debug": knobs.runtime.debug,

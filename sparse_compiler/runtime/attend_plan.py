@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_compiler.codegen.offsets import needs_wide
 from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.runtime.triton_operands import operand_strides
 
 __all__ = [
     "AttendPlan",
@@ -155,6 +156,8 @@ def attend_plan(
     *,
     split: Split | None = None,
     packed: bool | None = None,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> AttendPlan:
     """The plan of one launch.
 
@@ -162,6 +165,7 @@ def attend_plan(
         q, k, v, index, geometry: as ``Executor.attend``.
         step: keys of one step of the kernel.
         split, packed: fixed instead of chosen.
+        bounds, bias: as ``Executor.attend``; how wide offsets are depends on their strides.
     """
     row_blocks = geometry.num_row_blocks(q.shape[2])
     distances = geometry.distance_size(q.shape[2])
@@ -183,6 +187,7 @@ def attend_plan(
         "parts": split.parts,
         "split_blocks": row_blocks - split.first if split.parts > 1 else 0,
     }
+    sizes |= operand_strides(bounds, bias, (*q.shape[:3], k.shape[2]))
     return AttendPlan(split, packed_size, lanes, needs_wide(sizes))
 
 

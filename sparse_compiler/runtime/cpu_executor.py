@@ -11,15 +11,14 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.runtime.cpu_rows import BatchEntry, Logits, attend_row_block
 from sparse_compiler.runtime.executor import Executor, Problem
-from sparse_compiler.runtime.merge import merge
 from sparse_compiler.runtime.probe import probe_torch
 
 __all__ = ["CpuExecutor"]
@@ -75,23 +74,11 @@ class _Workers:
 _WORKERS = _Workers()
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """One batch entry's view of the work; positions are global."""
-
-    q: Tensor  # [Hq, Lq, D]
-    k: Tensor  # [Hkv, Lk, D]
-    v: Tensor  # [Hkv, Lk, Dv]
-    q_start: int
-    q_end: int
-    q_offset: int
-    kv_start: int
-    kv_end: int
-    key_mask: Tensor | None  # bool [Lk]; None if the span has no holes
-
-
 class CpuExecutor(Executor):
-    """Gathered tiles through ``_scaled_dot_product_flash_attention_for_cpu``."""
+    """Gathered tiles through ``_scaled_dot_product_flash_attention_for_cpu``.
+
+    That kernel knows no soft cap; tiles with one go through plain operations.
+    """
 
     name = "cpu"
     block_q = 256
@@ -106,8 +93,6 @@ class CpuExecutor(Executor):
             found.append(f"device is {problem.device_type}, not cpu")
         if problem.dtype not in _DTYPES:
             found.append(f"dtype {problem.dtype} is not one of {_DTYPES}")
-        if problem.softcap:
-            found.append("soft cap is not supported on the CPU")
         return found
 
     def probe(
@@ -122,6 +107,8 @@ class CpuExecutor(Executor):
         rows: Tensor,
         key_mask: Tensor | None,
         num_rows: int,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return probe_torch(
             q,
@@ -133,6 +120,8 @@ class CpuExecutor(Executor):
             rows=rows,
             key_mask=key_mask,
             num_rows=num_rows,
+            bounds=bounds,
+            bias=bias,
         )
 
     def attend(
@@ -147,6 +136,8 @@ class CpuExecutor(Executor):
         softcap: float,
         rows: Tensor,
         key_mask: Tensor | None,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if scale <= 0:
             # PyTorch's causal kernel multiplies its -inf by the scale: keep that positive.
@@ -158,9 +149,10 @@ class CpuExecutor(Executor):
         out = torch.zeros(batch, num_heads, num_q, v.shape[3], dtype=q.dtype)
         lse = torch.full((batch, num_heads, num_q), float("-inf"))
         entries = [
-            _entry(q[b], k[b], v[b], rows[b].tolist(), None if key_mask is None else key_mask[b])
+            _entry((q[b], k[b], v[b]), rows[b].tolist(), *_of_entry(b, key_mask, bounds, bias))
             for b in range(batch)
         ]
+        logits = Logits(scale, softcap)
         slots = index.slots.tolist()
         blocks = geometry.num_row_blocks(num_q)
         plans = {
@@ -181,7 +173,7 @@ class CpuExecutor(Executor):
                 near, far = _block_keys(index, geometry, entry, (b, listed, m))
             else:
                 return
-            _row_block(entry, geometry, h, m, near, far, scale, out[b, h], lse[b, h])
+            attend_row_block(entry, geometry, h, m, near, far, logits, out[b, h], lse[b, h])
 
         _WORKERS.run(work, batch * num_heads * blocks)
         return out[..., :value_dim], lse
@@ -194,12 +186,32 @@ def _same_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     return padded[0], padded[1], padded[2]
 
 
-def _entry(q: Tensor, k: Tensor, v: Tensor, row: list[int], key_mask: Tensor | None) -> _Batch:
+def _of_entry(
+    b: int, key_mask: Tensor | None, bounds: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The mask's operands of batch entry b; a table by distance serves all entries."""
+    if bias is not None and bias.dim() == 4:
+        bias = bias[b if bias.shape[0] > 1 else 0]
+    return (
+        None if key_mask is None else key_mask[b],
+        None if bounds is None else bounds[b],
+        bias,
+    )
+
+
+def _entry(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    row: list[int],
+    key_mask: Tensor | None,
+    bounds: Tensor | None,
+    bias: Tensor | None,
+) -> BatchEntry:
     q_start, q_len, q_offset, kv_start, kv_len = row
     kv_end = kv_start + kv_len
     if key_mask is not None and bool(key_mask[kv_start:kv_end].all()):
         key_mask = None
-    return _Batch(q, k, v, q_start, q_start + q_len, q_offset, kv_start, kv_end, key_mask)
+    place = (q_start, q_start + q_len, q_offset, kv_start, kv_end)
+    return BatchEntry(*qkv, *place, key_mask, bounds, bias)
 
 
 class _BandPlan:
@@ -219,7 +231,7 @@ class _BandPlan:
         self.far = distances[~tested]
         self.columns = index.columns[batch, slot, : int(index.num_columns[batch, slot])].long()
 
-    def keys(self, entry: _Batch, m: int) -> tuple[Tensor, Tensor]:
+    def keys(self, entry: BatchEntry, m: int) -> tuple[Tensor, Tensor]:
         """(tested, untested) key positions of row block m."""
         geometry = self.geometry
         first = entry.q_offset + m * geometry.block_q
@@ -237,7 +249,7 @@ class _BandPlan:
 
 
 def _block_keys(
-    index: AttentionIndex, geometry: Geometry, entry: _Batch, place: tuple[int, int, int]
+    index: AttentionIndex, geometry: Geometry, entry: BatchEntry, place: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
     """(tested, untested) key positions of one row block of a block slot."""
     b, slot, m = place
@@ -256,86 +268,7 @@ def _block_keys(
     return _visible(near, entry), _visible(far, entry)
 
 
-def _visible(keys: Tensor, entry: _Batch) -> Tensor:
+def _visible(keys: Tensor, entry: BatchEntry) -> Tensor:
     keep = (keys >= entry.kv_start) & (keys < entry.kv_end)
     keys = keys[keep]
     return keys if entry.key_mask is None else keys[entry.key_mask[keys]]
-
-
-def _row_block(
-    entry: _Batch,
-    geometry: Geometry,
-    head: int,
-    m: int,
-    near: Tensor,
-    far: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Attend one row block of one head and write its rows of ``out`` [Lq, Dv] and ``lse`` [Lq]."""
-    begin = max(m * geometry.block_q, entry.q_start)
-    stop = min((m + 1) * geometry.block_q, entry.q_end)
-    if begin >= stop:
-        return
-    kv_head = head // (entry.q.shape[0] // entry.k.shape[0])
-    q, k, v = entry.q[head, begin:stop], entry.k[kv_head], entry.v[kv_head]
-    parts = []
-    if far.numel():
-        parts.append(_flash(q, k.index_select(0, far), v.index_select(0, far), scale))
-    first = entry.q_offset + begin
-    square = slice(first, first + stop - begin)
-    unwindowed = geometry.left < 0 or geometry.left >= stop - begin - 1
-    if geometry.right == 0 and unwindowed and _is_range(near, first, stop - begin):
-        parts.append(_flash(q, k[square], v[square], scale, causal=True))
-    elif near.numel():
-        position = torch.arange(begin, stop)[:, None] + entry.q_offset
-        seen = torch.ones(stop - begin, near.numel(), dtype=torch.bool)
-        if geometry.right >= 0:
-            seen &= near <= position + geometry.right
-        if geometry.left >= 0:
-            seen &= near >= position - geometry.left
-        parts.append(_flash(q, k.index_select(0, near), v.index_select(0, near), scale, seen))
-    if not parts:
-        return
-    result, log_sum = parts[0] if len(parts) == 1 else merge(*parts[0], *parts[1])
-    out[begin:stop] = result
-    lse[begin:stop] = log_sum
-
-
-def _is_range(keys: Tensor, first: int, count: int) -> bool:
-    """Whether ``keys`` are distinct and exactly first .. first + count - 1, in any order."""
-    return (
-        keys.numel() == count and int(keys.min()) == first and int(keys.max()) == first + count - 1
-    )
-
-
-def _flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    seen: Tensor | None = None,
-    *,
-    causal: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused CPU attention of q [L, D] on k, v [n, D]; seen bool [L, n] or None."""
-    bias = None
-    if seen is not None:
-        bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[None, None],
-        k[None, None],
-        v[None, None],
-        0.0,
-        causal,
-        attn_mask=None if bias is None else bias[None, None],
-        scale=scale,
-    )
-    out, lse = out[0, 0], lse.view(-1)
-    if bias is not None:
-        # amax, since any() over bool is not vectorised on the CPU.
-        empty = bias.amax(-1) == float("-inf")
-        out = out.masked_fill(empty[:, None], 0.0)
-        lse = lse.masked_fill(empty, float("-inf"))
-    return out, lse

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 from sparse_compiler.ir.index import Geometry
-from sparse_compiler.runtime.executor import Executor
+from sparse_compiler.runtime.executor import Executor, given
 from sparse_compiler.runtime.select import full_index
 
 __all__ = ["attend_dense"]
@@ -25,11 +25,13 @@ def attend_dense(
     rows: Tensor,
     key_mask: Tensor | None,
     plain_rows: bool,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every pair that the mask allows; arguments and results as ``Executor.attend``.
 
     A mask that PyTorch's fused kernels know (none, or causal aligned to the first key) goes to
-    them; every other goes to the executor with an index that covers everything, so that no mask is
+    them if there is no bias and no soft cap; every other goes to the executor with an index that covers everything, so that no mask is
     ever built.
 
     Args:
@@ -37,7 +39,8 @@ def attend_dense(
     """
     aligned = geometry.right == 0 and geometry.q_offset == 0
     known = geometry.left < 0 and (aligned or geometry.right < 0) and scale > 0
-    if known and plain_rows and key_mask is None and softcap == 0:
+    plain = plain_rows and key_mask is None and bounds is None and bias is None
+    if known and plain and softcap == 0:
         fused = _fused(q, k, v, aligned, scale)
         if fused is not None:
             return fused
@@ -48,10 +51,16 @@ def attend_dense(
     none = torch.full_like(heads, -1)
     slots = torch.stack([slot, none] if band else [none, slot], dim=1)
     index = full_index(
-        q, k, slots, rows, key_mask, geometry, [1, 0] if band else [0, 1], [0, -1, -1]
+        *(q, k, slots, rows, key_mask, geometry, [1, 0] if band else [0, 1], [0, -1, -1]),
+        bounds=bounds,
     )
     return executor.attend(
-        q, k, v, index, geometry, scale=scale, softcap=softcap, rows=rows, key_mask=key_mask
+        *(q, k, v, index, geometry),
+        scale=scale,
+        softcap=softcap,
+        rows=rows,
+        key_mask=key_mask,
+        **given(bounds=bounds, bias=bias),
     )
 
 

@@ -17,7 +17,8 @@ from sparse_compiler.ir.pattern import fewest_queries
 from sparse_compiler.patterns.base import Limits, SelectRequest
 from sparse_compiler.runtime import recorder, select
 from sparse_compiler.runtime.dense import attend_dense
-from sparse_compiler.runtime.executor import Executor, Problem
+from sparse_compiler.runtime.executor import Executor, Problem, given
+from sparse_compiler.runtime.merge import with_sinks
 from sparse_compiler.runtime.registry import executor_for
 from sparse_compiler.runtime.requester import for_site
 
@@ -91,6 +92,39 @@ def _check_rows(rows: Tensor | None, key_mask: Tensor | None, batch: int, num_k:
             raise ShapeMismatch("key_mask", f"[{batch}, {num_k}]", tuple(key_mask.shape))
 
 
+def _check_operands(
+    q: Tensor, k: Tensor, bounds: Tensor | None, bias: Tensor | None, sinks: Tensor | None
+) -> None:
+    (batch, heads, num_q, _), num_k = q.shape, k.shape[2]
+    if bounds is not None:
+        if bounds.dtype != torch.int32 or bounds.device != q.device:
+            raise TensorInvalid(
+                "bounds", f"int32 on {q.device}", f"{bounds.dtype} on {bounds.device}"
+            )
+        if bounds.dim() != 3 or bounds.shape[0] not in (1, batch) or bounds.shape[1:] != (num_q, 2):
+            raise ShapeMismatch("bounds", f"[{batch} or 1, {num_q}, 2]", tuple(bounds.shape))
+    for name, tensor in (("bias", bias), ("sinks", sinks)):
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point or tensor.device != q.device:
+            raise TensorInvalid(
+                name, f"floating-point on {q.device}", f"{tensor.dtype} on {tensor.device}"
+            )
+    if bias is not None:
+        pairs = (heads, num_q + num_k - 1) if bias.dim() == 2 else (batch, heads, num_q, num_k)
+        wanted = " or 1, ".join(str(size) for size in pairs[:-1]) + f" or 1, {pairs[-1]}"
+        fits = bias.dim() == len(pairs) and bias.shape[-1] == pairs[-1]
+        if not fits or any(a not in (1, b) for a, b in zip(bias.shape, pairs, strict=True)):
+            raise ShapeMismatch(
+                "bias",
+                f"[{wanted}]",
+                tuple(bias.shape),
+                fix="A table by distance has rank 2, [Hq or 1, Lq + Lk - 1].",
+            )
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise ShapeMismatch("sinks", f"[{heads}], one for each query head", tuple(sinks.shape))
+
+
 def stays_dense(num_q: int, num_k: int, min_tokens: int, executor: Executor) -> bool:
     """Whether a call of these sizes is answered by dense attention."""
     return num_k < min_tokens or num_q < fewest_queries(executor.min_queries, min_tokens)
@@ -126,6 +160,8 @@ def select_keys(
     params: Tensor,
     rows: Tensor | None,
     key_mask: Tensor | None,
+    bounds: Tensor | None,
+    bias: Tensor | None,
     q_offset: int,
     left: int,
     right: int,
@@ -142,6 +178,9 @@ def select_keys(
 ) -> tuple[Tensor, ...]:
     """``sparse_compiler::select``, see ``ops``."""
     _check(q, k, None, rows, key_mask, params.shape[0])
+    _check_operands(q, k, bounds, bias, None)
+    if bounds is not None:
+        bounds = bounds.expand(q.shape[0], -1, -1)
     geometry = Geometry(q_offset, left, right, block_q, block_k)
     runner = _executor(executor, q, k, q.shape[3], 0.0)
     num_q, num_k = q.shape[2], k.shape[2]
@@ -162,6 +201,7 @@ def select_keys(
             rows=band_rows,
             key_mask=key_mask,
             num_rows=num_rows,
+            **given(bounds=bounds, bias=bias),
         )
 
     none = torch.zeros(0, dtype=torch.int64, device=q.device)
@@ -178,10 +218,12 @@ def select_keys(
         scale=scale,
         limits=Limits(*limits),
         probe=probe,
+        bounds=bounds,
+        bias=bias,
     )
     with recorder.timed(site, q.device) as record:
         index = select.select_index(request, params, pattern_ids, num_slots, limits, budget, runner)
-        record(index, geometry, rows, num_q, num_k)
+        record(index, geometry, rows, num_q, num_k, bounds)
     return index.tensors()
 
 
@@ -203,11 +245,14 @@ def attend(
     slots: Tensor,
     rows: Tensor | None,
     key_mask: Tensor | None,
+    bounds: Tensor | None,
+    bias: Tensor | None,
     q_offset: int,
     left: int,
     right: int,
     scale: float,
     softcap: float,
+    sinks: Tensor | None,
     block_q: int,
     block_k: int,
     budget: float,
@@ -217,20 +262,24 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """``sparse_compiler::attend``, see ``ops``."""
     _check(q, k, v, rows, key_mask, slots.shape[0])
+    _check_operands(q, k, bounds, bias, sinks)
     runner = _executor(executor, q, k, v.shape[3], softcap)
     geometry = Geometry(q_offset, left, right, block_q, block_k)
     num_q, num_k = q.shape[2], k.shape[2]
-    if q.numel() == 0 or k.numel() == 0:
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        return out, q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     keywords: dict[str, Any] = {"scale": scale, "softcap": softcap, "key_mask": key_mask}
+    keywords |= given(bounds=bounds, bias=bias)
+    if bounds is not None:
+        keywords["bounds"] = bounds.expand(q.shape[0], -1, -1)
     if rows is None:
         keywords["rows"] = select.default_rows(
             q.shape[0], num_q, num_k, q_offset, key_mask, q.device
         )
     else:
         keywords["rows"] = rows
-    if stays_dense(num_q, num_k, min_tokens, runner):
+    if q.numel() == 0 or k.numel() == 0:
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    elif stays_dense(num_q, num_k, min_tokens, runner):
         out, lse = attend_dense(runner, q, k, v, geometry, plain_rows=rows is None, **keywords)
     else:
         index = AttentionIndex(
@@ -247,6 +296,8 @@ def attend(
             slots,
         )
         out, lse = runner.attend(q, k, v, index, geometry, **keywords)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
     return out.contiguous(), lse.contiguous()
 
 

@@ -14,7 +14,12 @@ from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import SiteShape, Tile
 from sparse_compiler.patterns.base import BandRule, SelectRequest
 
-__all__ = ["Executor", "Problem"]
+__all__ = ["Executor", "Problem", "given"]
+
+
+def given(**operands: Tensor | None) -> dict[str, Tensor]:
+    """Only the operands that are there: an executor that does not know one refuses it by name."""
+    return {name: tensor for name, tensor in operands.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class Executor(ABC):
         rows: Tensor,
         key_mask: Tensor | None,
         num_rows: int,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of a few query rows, summed by column and by distance.
 
@@ -95,8 +102,9 @@ class Executor(ABC):
                 outside the batch entry's q_start..q_start+q_len (or negative) count for nothing.
             geometry: the mask's band; ``rows`` int32 [B, 5] and ``key_mask`` as in ``ops``.
             num_rows: probe rows R (64).
+            bounds: int32 [B, Lq, 2];  bias: of rank 4 or 2; as in ``ops``.
         Returns:
-            float32 columns [B, S, Lk]: sum over the rows of softmax(scale * q kᵀ) at each key, +inf
+            float32 columns [B, S, Lk]: sum over the rows of softmax(scale * q kᵀ + bias) at each key, +inf
             at a visible key that holds a NaN or inf, since every weight beside it is NaN;
             float32 distances [B, S, X]: the same summed over pairs with position - key = distance,
             X = geometry.distance_size(Lq). Masked pairs are 0.
@@ -142,5 +150,7 @@ class Executor(ABC):
         softcap: float,
         rows: Tensor,
         key_mask: Tensor | None,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention over the index; arguments and results as ``attend_reference``."""

@@ -19,15 +19,25 @@ _BLOCKING = {(128, 64): 6, (128, 128): 3}  # (M, N) -> stages
 
 
 def hopper_fits(
-    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, index: AttentionIndex, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    index: AttentionIndex,
+    softcap: float,
+    *,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> bool:
     """Whether the Hopper kernel takes this call on sm_90; the portable one takes the others.
 
-    Needs an index of blocks alone, 16-bit inputs, D and Dv up to 128, rows in blocks of 128, and K
-    and V that the tensor memory accelerator can address.
+    Needs an index of blocks alone, 16-bit inputs, D and Dv up to 128, rows in blocks of 128, K and
+    V that the tensor memory accelerator can address, and neither bounds nor a bias.
     """
     return (
-        index.full.shape[1] == 0
+        bounds is None
+        and bias is None
+        and index.full.shape[1] == 0
         and (geometry.block_q, geometry.block_k) in _BLOCKING
         and (not softcap or geometry.block_k == 64)  # at 128 the capped scores spill registers
         and q.dtype in (torch.float16, torch.bfloat16)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_compiler.ir.index import Geometry
+from sparse_compiler.patterns.visible import bias_of_rows
 
 __all__ = ["probe_torch"]
 
@@ -21,10 +22,12 @@ def probe_torch(
     rows: Tensor,
     key_mask: Tensor | None,
     num_rows: int,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``Executor.probe``; one head at a time, so memory is num_rows x Lk per batch entry.
 
-    Reads ``heads`` on the host: for the CPU and the oracle.
+    No host synchronisation.
     """
     batch, num_q, num_k = q.shape[0], q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
@@ -42,17 +45,26 @@ def probe_torch(
         seen &= key <= position[..., None] + geometry.right
     if geometry.left >= 0:
         seen &= key >= position[..., None] - geometry.left
-    taken = row.clamp(0, max(0, num_q - 1))[:, None, :, None]
-    probes = q.gather(2, taken.expand(-1, q.shape[1], -1, q.shape[3]))
+    taken = row.clamp(0, max(0, num_q - 1))
+    if bounds is not None:
+        limits = bounds.gather(1, taken[..., None].expand(-1, -1, 2))
+        seen &= (key >= limits[..., :1]) & (key <= limits[..., 1:])
+    probes = q.gather(2, taken[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     size = geometry.distance_size(num_q)
     columns, distances = [], []
-    for head in heads.tolist():
-        queries, keys = probes[:, head].float(), k[:, head // groups].float()
+    for slot in range(heads.shape[0]):
+        head = heads[slot : slot + 1]
+        queries = probes.index_select(1, head)[:, 0].float()
+        keys = k.index_select(1, head // groups)[:, 0].float()
         scores = torch.matmul(queries, keys.transpose(-1, -2)) * scale
-        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+        shown = seen
+        if bias is not None:
+            added = bias_of_rows(bias, head, taken, num_q, num_k)
+            shown, scores = seen & (added != float("-inf")), scores + added.float()
+        weights = torch.softmax(scores.masked_fill(~shown, float("-inf")), dim=-1)
         # A row that sees nothing gives NaN by softmax and must count for nothing; a NaN score of a
         # row that sees something stays.
-        weights = torch.where(seen, weights, 0.0)
+        weights = torch.where(shown, weights, 0.0)
         broken = ~keys.sum(-1).isfinite() & held
         columns.append(weights.sum(1).masked_fill(broken, float("inf")))
         distances.append(_diagonal_sums(weights, position[:, 0], size))

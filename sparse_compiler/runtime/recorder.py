@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from sparse_compiler.ir.index import AttentionIndex, Geometry
+from sparse_compiler.patterns.visible import row_intervals
 
 __all__ = ["SiteRecord", "density", "drop", "read", "timed"]
 
 _SAMPLED_BLOCKS = 64
+#: The most keys of row blocks that are looked at together.
+_CHUNK = 1 << 24
 
 
 @dataclass
@@ -47,7 +50,7 @@ class SiteRecord:
 _records: dict[int, SiteRecord] = {}
 _lock = threading.Lock()
 
-Record = Callable[[AttentionIndex, Geometry, Tensor, int, int], None]
+Record = Callable[[AttentionIndex, Geometry, Tensor, int, int, Tensor | None], None]
 
 
 def _now(device: torch.device) -> torch.cuda.Event | float:
@@ -68,12 +71,12 @@ def timed(site: int, device: torch.device) -> Iterator[Record]:
     if site < 0 or capturing:
         yield lambda *_: None
         return
-    told: list[tuple[AttentionIndex, Geometry, Tensor, int, int]] = []
+    told: list[tuple[AttentionIndex, Geometry, Tensor, int, int, Tensor | None]] = []
     start = _now(device)
     yield lambda *arguments: told.append(arguments)
     stop = _now(device)
-    for index, geometry, rows, num_q, num_k in told:
-        share = density(index, geometry, rows, num_q, num_k)
+    for index, geometry, rows, num_q, num_k, bounds in told:
+        share = density(index, geometry, rows, num_q, num_k, bounds)
         with _lock:
             _records[site] = SiteRecord(share, num_q, num_k, start, stop)
 
@@ -92,9 +95,14 @@ def drop(sites: set[int]) -> None:
 
 
 def density(
-    index: AttentionIndex, geometry: Geometry, rows: Tensor, num_q: int, num_k: int
+    index: AttentionIndex,
+    geometry: Geometry,
+    rows: Tensor,
+    num_q: int,
+    num_k: int,
+    bounds: Tensor | None = None,
 ) -> Tensor:
-    """Share of the pairs allowed by the mask's band that the index covers, float32 [Hq].
+    """Share of the pairs allowed by the mask's band and bounds that the index covers, float32 [Hq].
 
     Counted exactly on up to 64 evenly spaced row blocks; keys hidden by padding inside the visible
     span count as allowed, and so do rows before q_start. No host synchronisation.
@@ -103,14 +111,19 @@ def density(
     blocks = geometry.num_row_blocks(num_q)
     taken = min(blocks, _SAMPLED_BLOCKS)
     step = torch.arange(taken, device=device) * (blocks - 1) // max(1, taken - 1)
-    sample = _Sample(geometry, rows.long(), step)
-    band, listed = _band_pairs(index, sample), _block_pairs(index, sample)  # [B, S], [B, T]
+    if bounds is None:
+        sample = _Sample(geometry, rows.long(), step)
+        band, listed = _band_pairs(index, sample), _block_pairs(index, sample)  # [B, S], [B, T]
+        allowed = sample.allowed()
+    else:
+        intervals = row_intervals(geometry, num_q, rows, bounds)
+        band, listed, allowed = _pairs_between(index, geometry, rows, intervals, (step, num_k))
     pairs = torch.cat([band, listed, torch.zeros_like(rows[:, :1], dtype=torch.float32)], dim=1)
     slots = index.slots.long()
     width = band.shape[1] + listed.shape[1]
     block_place = torch.where(slots[:, 1] >= 0, band.shape[1] + slots[:, 1], width)
     place = torch.where(slots[:, 0] >= 0, slots[:, 0], block_place)
-    return pairs.sum(0)[place] / sample.allowed().sum().clamp(min=1)
+    return pairs.sum(0)[place] / allowed.sum().clamp(min=1)
 
 
 class _Sample:
@@ -199,3 +212,64 @@ def _block_pairs(index: AttentionIndex, sample: _Sample) -> Tensor:
         )
         total += torch.where(inside, seen, 0).sum((2, 3)).float()
     return total
+
+
+def _pairs_between(
+    index: AttentionIndex,
+    geometry: Geometry,
+    rows: Tensor,
+    intervals: tuple[Tensor, Tensor],
+    sample: tuple[Tensor, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs [B, S] and [B, T] of the sampled row blocks, and allowed pairs, where each row sees an
+    interval of its own: a block's keys as a bit each, summed up to the ends of its rows' intervals.
+
+    Args:
+        intervals: as from ``row_intervals``.
+        sample: numbers of the row blocks, int64 [m], and Lk.
+    """
+    (low, high), (steps, num_k), size = intervals, sample, geometry.block_q
+    pad = (0, -low.shape[1] % size)
+    low = torch.nn.functional.pad(low, pad, value=1).unflatten(1, (-1, size))
+    high = torch.nn.functional.pad(high, pad, value=0).unflatten(1, (-1, size))
+    high = torch.maximum(high, low - 1)
+    key = torch.arange(num_k, device=rows.device)
+    band = torch.zeros_like(index.num_full, dtype=torch.float32)
+    listed = torch.zeros_like(index.num_blocks[..., 0], dtype=torch.float32)
+    for part in steps.split(max(1, _CHUNK // (num_k * max(1, band.numel(), listed.numel())))):
+        ends = [t.index_select(1, part).clamp(0, num_k)[:, None] for t in (low, high + 1)]
+        last = rows[:, 2, None].long() + (part + 1) * size
+        for total, held in (
+            (band, _band_keys(index, key, last)),
+            (listed, _block_keys(index, geometry, key, part)),
+        ):
+            up_to = torch.nn.functional.pad(held.cumsum(-1, dtype=torch.int32), (1, 0))
+            first, past = (up_to.gather(3, t.expand(-1, held.shape[1], -1, -1)) for t in ends)
+            total += (past - first).sum((2, 3))
+    allowed = (high - low + 1).index_select(1, steps)
+    return band, listed, allowed.float()
+
+
+def _band_keys(index: AttentionIndex, key: Tensor, end: Tensor) -> Tensor:
+    """Keys that the band slots cover in row blocks that end at ``end`` [B, m]: bool [B, S, m, Lk]."""
+    batch, slots, size = index.covered.shape
+    distance = (end[..., None] - key)[:, None].expand(-1, slots, -1, -1)
+    covered = index.covered[:, :, None].expand(-1, -1, end.shape[1], -1)
+    held = covered.gather(3, distance.clamp(0, size - 1)).bool()
+    held &= (distance > 0) & (distance < size)
+    listed = torch.arange(index.columns.shape[2], device=key.device)
+    real = listed < index.num_columns[..., None]
+    column = torch.where(real, index.columns.long(), key.shape[0])
+    columns = torch.zeros(batch, slots, key.shape[0] + 1, dtype=torch.bool, device=key.device)
+    return held | columns.scatter_(2, column, True)[:, :, None, :-1]
+
+
+def _block_keys(index: AttentionIndex, geometry: Geometry, key: Tensor, steps: Tensor) -> Tensor:
+    """Keys that the block slots cover in row blocks ``steps`` [m]: bool [B, T, m, Lk]."""
+    blocks = index.blocks.index_select(2, steps).long()
+    count = index.num_blocks.index_select(2, steps)
+    real = torch.arange(blocks.shape[3], device=key.device) < count[..., None]
+    most = geometry.num_key_blocks(key.shape[0])
+    held = torch.zeros(*blocks.shape[:3], most + 1, dtype=torch.bool, device=key.device)
+    held.scatter_(3, torch.where(real, blocks, most), True)
+    return held.index_select(3, key // geometry.block_k)

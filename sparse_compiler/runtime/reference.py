@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 
-__all__ = ["allowed_pairs", "attend_pairs", "attend_reference", "covered_pairs"]
+__all__ = ["allowed_pairs", "attend_pairs", "attend_reference", "covered_pairs", "pair_bias"]
 
 
 def allowed_pairs(
@@ -18,9 +18,10 @@ def allowed_pairs(
     *,
     rows: Tensor | None = None,
     key_mask: Tensor | None = None,
+    bounds: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Pairs that the mask allows, bool [B, Lq, Lk]; ``rows`` and ``key_mask`` as in ``ops``."""
+    """Pairs that the mask allows, bool [B, Lq, Lk]; ``rows``, ``key_mask``, ``bounds`` as in ``ops``."""
     query = torch.arange(num_q, device=device)[None, :, None]
     key = torch.arange(num_k, device=device)[None, None, :]
     mask = torch.ones(batch, num_q, num_k, dtype=torch.bool, device=device)
@@ -38,7 +39,18 @@ def allowed_pairs(
         mask &= key <= position + geometry.right
     if key_mask is not None:
         mask &= key_mask[:, None, :]
+    if bounds is not None:
+        mask &= (key >= bounds[..., :1]) & (key <= bounds[..., 1:])
     return mask
+
+
+def pair_bias(bias: Tensor, num_q: int, num_k: int) -> Tensor:
+    """What is added to each logit, broadcastable to [B, Hq, Lq, Lk], from either form of ``bias``."""
+    if bias.dim() == 4:
+        return bias
+    query = torch.arange(num_q, device=bias.device)[:, None]
+    key = torch.arange(num_k, device=bias.device)[None, :]
+    return bias[:, key - query + num_q - 1][None]
 
 
 def covered_pairs(
@@ -83,17 +95,26 @@ def covered_pairs(
 
 
 def attend_pairs(
-    q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, *, scale: float, softcap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pairs: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the listed pairs.
 
     Args:
         q: [B, Hq, Lq, D].  k, v: [B, Hkv, Lk, D], [B, Hkv, Lk, Dv]; Hq % Hkv == 0.
         pairs: bool, broadcastable to [B, Hq, Lq, Lk].
-        scale: multiplies q @ kᵀ before the soft cap and the softmax.
+        scale: multiplies q @ kᵀ before the soft cap, the bias and the softmax.
+        bias, sinks: as in ``sparse_compiler.ops``.
     Returns:
         out [B, Hq, Lq, Dv] in q.dtype, 0 where a row has no pair; lse [B, Hq, Lq] float32, natural
-        logarithm, -inf there. Computed in float32, or float64 for float64 inputs.
+        logarithm, -inf (or the sink) there. Computed in float32, or float64 for float64 inputs.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = q.shape[1] // k.shape[1]
@@ -101,8 +122,12 @@ def attend_pairs(
     scores = (q.to(wide) @ keys.transpose(-1, -2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + pair_bias(bias, q.shape[2], k.shape[2]).to(wide)
     scores = scores.masked_fill(~pairs, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(wide)[:, None])
     weights = torch.exp(scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None])
     return (weights @ values).to(q.dtype), lse.float()
 
@@ -118,13 +143,15 @@ def attend_reference(
     softcap: float = 0.0,
     rows: Tensor | None = None,
     key_mask: Tensor | None = None,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the keys that ``index`` lists and the mask allows.
 
     Args:
         q, k, v: as in ``attend_pairs``.
         index, geometry: coverage and mask; positions in tokens.
-        rows, key_mask: as in ``sparse_compiler.ops``.
+        rows, key_mask, bounds, bias: as in ``sparse_compiler.ops``.
     Returns:
         (out, lse) as ``attend_pairs``.
     Source: PIT section 3.1; FlashAttention-2 algorithm 1.
@@ -132,6 +159,11 @@ def attend_reference(
     num_q, num_k = q.shape[2], k.shape[2]
     pairs = covered_pairs(index, geometry, num_q, num_k, rows=rows).to(q.device) > 0
     allowed = allowed_pairs(
-        q.shape[0], num_q, num_k, geometry, rows=rows, key_mask=key_mask, device=q.device
+        *(q.shape[0], num_q, num_k, geometry),
+        rows=rows,
+        key_mask=key_mask,
+        bounds=bounds,
+        device=q.device,
     )
-    return attend_pairs(q, k, v, pairs & allowed[:, None], scale=scale, softcap=softcap)
+    pairs &= allowed[:, None]
+    return attend_pairs(q, k, v, pairs, scale=scale, softcap=softcap, bias=bias)

@@ -38,6 +38,8 @@ class ReferenceExecutor(Executor):
         rows: Tensor,
         key_mask: Tensor | None,
         num_rows: int,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return probe_torch(
             q,
@@ -49,6 +51,8 @@ class ReferenceExecutor(Executor):
             rows=rows,
             key_mask=key_mask,
             num_rows=num_rows,
+            bounds=bounds,
+            bias=bias,
         )
 
     def attend(
@@ -63,7 +67,15 @@ class ReferenceExecutor(Executor):
         softcap: float,
         rows: Tensor,
         key_mask: Tensor | None,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return attend_reference(
-            q, k, v, index, geometry, scale=scale, softcap=softcap, rows=rows, key_mask=key_mask
+            *(q, k, v, index, geometry),
+            scale=scale,
+            softcap=softcap,
+            rows=rows,
+            key_mask=key_mask,
+            bounds=bounds,
+            bias=bias,
         )

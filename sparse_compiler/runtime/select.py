@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from sparse_compiler import ops
+from sparse_compiler.errors import PatternInvalid
 from sparse_compiler.ir.index import INDEX_FIELDS, AttentionIndex, Geometry
 from sparse_compiler.patterns import lowering, registry
 from sparse_compiler.patterns.base import (
     BandChoice,
-    BlockChoice,
     Pattern,
     SelectRequest,
 )
-from sparse_compiler.patterns.block_sparse import block_relation
+from sparse_compiler.patterns.relation import block_relation
 from sparse_compiler.runtime.executor import Executor
 
 __all__ = ["default_rows", "empty_index", "full_index", "select_index", "summarize"]
@@ -76,11 +76,21 @@ def _slot_heads(params: Tensor, column: int, num_slots: int) -> Tensor:
 
 
 def _numbers(
-    pattern: Pattern, params: Tensor, heads: Tensor, budget: float, num_k: int, block_q: int
+    pattern: Pattern,
+    params: Tensor,
+    heads: Tensor,
+    budget: float,
+    request: SelectRequest,
+    *,
+    as_blocks: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Both numbers of each slot's head, int64 [S]."""
     if budget < 0:
         return params[:, 1].long()[heads], params[:, 2].long()[heads]
-    head = pattern.from_budget(budget, num_k, block_q)
+    geometry, num_k = request.geometry, request.k.shape[2]
+    # A band pattern in a block slot pays for whole blocks, whatever the mask.
+    causal = geometry.right == 0 and not (as_blocks and pattern.component == "band")
+    head = pattern.from_budget(budget, num_k, geometry.block_q, causal)
     return torch.full_like(heads, head.first), torch.full_like(heads, head.second)
 
 
@@ -104,18 +114,30 @@ def select_index(
         request: with ``heads``, ``first`` and ``second`` still to be filled per component.
         params, pattern_ids, num_slots, limits, budget: as in ``ops``.
         executor: may do the band in its own kernels; None leaves all to PyTorch operations.
+    Raises:
+        PatternInvalid: band slots under a mask that is not causal, or a pattern without a choice
+            for it.
     """
     geometry, q, k = request.geometry, request.q, request.k
+    if num_slots[0] and geometry.right != 0:
+        raise PatternInvalid(
+            f"the mask of {num_slots[0]} heads with slots in the band",
+            "causal",
+            f"left={geometry.left}, right={geometry.right}",
+            fix="Give every head a block slot: Pattern.component_for(causal=False).",
+        )
     num_q, num_k = q.shape[2], k.shape[2]
     if budget >= 1:
+        slots = params[:, 3:5]
         return full_index(
-            q, k, params[:, 3:5], request.rows, request.key_mask, geometry, num_slots, limits
+            *(q, k, slots, request.rows, request.key_mask, geometry, num_slots, limits),
+            bounds=request.bounds,
         )
     sizes = ops.capacities(
         num_q, num_k, geometry.q_offset, geometry.block_q, geometry.block_k, limits
     )
     patterns = [registry.by_number(number) for number in pattern_ids]
-    listed = _choose_blocks(request, params, patterns, num_slots[1], budget, sizes[4])
+    listed = _choose_blocks(request, params, patterns, num_slots, budget, sizes[4])
     band = [pattern for pattern in patterns if pattern.component == "band"]
     rules = {p.rule.kind: p.rule for p in band if p.rule is not None}
     # Two patterns of one kind, or one without a rule: their own methods say what they choose.
@@ -150,7 +172,7 @@ def _choose_band(
     distances = torch.zeros(*shape, size, dtype=torch.bool, device=q.device)
     heads = _slot_heads(params, 3, num_slots)
     for pattern in patterns if num_slots else []:
-        first, second = _numbers(pattern, params, heads, budget, num_k, geometry.block_q)
+        first, second = _numbers(pattern, params, heads, budget, request, as_blocks=False)
         choice = pattern.choose(replace(request, heads=heads, first=first, second=second))
         assert isinstance(choice, BandChoice)
         mine = (params[:, 0].long()[heads] == pattern.number)[:, None]
@@ -167,24 +189,25 @@ def _choose_blocks(
     request: SelectRequest,
     params: Tensor,
     patterns: list[Pattern],
-    num_slots: int,
+    num_slots: list[int],
     budget: float,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """Block lists of all block slots, (blocks, num_blocks)."""
+    band_slots, listed = num_slots
     geometry, q, num_k = request.geometry, request.q, request.k.shape[2]
-    shape = (q.shape[0], num_slots, geometry.num_row_blocks(q.shape[2]))
-    if not num_slots:
+    shape = (q.shape[0], listed, geometry.num_row_blocks(q.shape[2]))
+    if not listed:
         empty = torch.empty((*shape, capacity), dtype=torch.int32, device=q.device)
         return empty, torch.empty(shape, dtype=torch.int32, device=q.device)
     blocks = torch.zeros(*shape, geometry.num_key_blocks(num_k), dtype=torch.bool, device=q.device)
-    heads = _slot_heads(params, 4, num_slots)
+    heads = _slot_heads(params, 4, listed)
     for pattern in patterns:
-        if pattern.component != "blocks":
+        # Where no head has a band slot, band patterns hold block slots too.
+        if pattern.component != "blocks" and band_slots:
             continue
-        first, second = _numbers(pattern, params, heads, budget, num_k, geometry.block_q)
-        choice = pattern.choose(replace(request, heads=heads, first=first, second=second))
-        assert isinstance(choice, BlockChoice)
+        first, second = _numbers(pattern, params, heads, budget, request, as_blocks=True)
+        choice = pattern.choose_two_sided(replace(request, heads=heads, first=first, second=second))
         mine = (params[:, 0].long()[heads] == pattern.number)[:, None]
         blocks |= choice.blocks & mine[..., None]
     return lowering.lower_blocks(blocks, capacity)
@@ -199,6 +222,8 @@ def full_index(
     geometry: Geometry,
     num_slots: list[int],
     limits: list[int],
+    *,
+    bounds: Tensor | None = None,
 ) -> AttentionIndex:
     """The index that covers every pair which the mask allows."""
     batch, num_q, num_k = q.shape[0], q.shape[2], k.shape[2]
@@ -209,7 +234,7 @@ def full_index(
     distances = torch.ones(
         batch, num_slots[0], geometry.distance_size(num_q), dtype=torch.bool, device=q.device
     )
-    visible, _ = block_relation(geometry, num_q, num_k, rows, key_mask)
+    visible, _ = block_relation(geometry, num_q, num_k, rows, key_mask, bounds)
     blocks = visible[:, None].expand(-1, num_slots[1], -1, -1)
     band = lowering.lower_band(columns, distances, geometry, (sizes[0], sizes[1], sizes[2]))
     listed = lowering.lower_blocks(blocks, sizes[4])

@@ -16,6 +16,7 @@ from sparse_compiler.errors import ShapeMismatch
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.runtime.attend_plan import AttendPlan, attend_plan
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
+from sparse_compiler.runtime.triton_operands import bias_kind, bias_strides
 from sparse_compiler.runtime.work_list import build_work_list
 
 __all__ = [
@@ -131,15 +132,18 @@ def attend_spec(
     interpret: bool,
     lse: bool = True,
     plan: AttendPlan | None = None,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> AttendSpec:
     """The kernel that these arguments need.
 
     Args:
         lse: the log-sum-exp is wanted.
         plan: what was decided about the launch; None decides here.
+        bounds, bias: as ``Executor.attend``.
     """
     step = min(tuning.step_k, geometry.block_k)
-    plan = plan or attend_plan(q, k, v, index, geometry, step)
+    plan = plan or attend_plan(q, k, v, index, geometry, step, bounds=bounds, bias=bias)
     return AttendSpec(
         dtype=str(q.dtype).removeprefix("torch."),
         kv_dtype=str(k.dtype).removeprefix("torch.") if k.dtype != q.dtype else "",
@@ -163,6 +167,8 @@ def attend_spec(
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
         max_registers=tuning.max_registers,
+        bounds=bounds is not None,
+        bias=bias_kind(bias),
         interpret=interpret,
         precision=float32_precision(),
     )
@@ -204,12 +210,14 @@ def launch_attend(
     key_mask: Tensor | None,
     kv_scales: tuple[Tensor, Tensor] | None = None,
     plan: AttendPlan | None = None,
+    bounds: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``spec``'s kernels.
 
     Args:
-        q, k, v, index, geometry, scale, softcap, rows, key_mask: as ``Executor.attend``; last
-            dimensions contiguous, scale >= 0.
+        q, k, v, index, geometry, scale, softcap, rows, key_mask, bounds, bias: as
+            ``Executor.attend``; last dimensions but the bias's contiguous, scale >= 0.
         kv_scales: (k_scale, v_scale), positive, broadcastable to [B, Hkv], of an 8-bit k and v.
         plan: as given to ``attend_spec``.
     Returns:
@@ -217,7 +225,7 @@ def launch_attend(
     Raises:
         ShapeMismatch: 32-bit offsets are too narrow for these sizes; scales do not fit [B, Hkv].
     """
-    plan = plan or attend_plan(q, k, v, index, geometry, spec.step_k)
+    plan = plan or attend_plan(q, k, v, index, geometry, spec.step_k, bounds=bounds, bias=bias)
     _check_width(spec, plan, (q, k, v))
     batch, heads, num_q, _ = q.shape
     out = torch.empty((batch, heads, num_q, v.shape[-1]), dtype=q.dtype, device=q.device)
@@ -247,11 +255,17 @@ def launch_attend(
         rows=rows,
         key_mask=mask[0] if mask else None,
         lanes=lanes,
+        bounds=bounds,
     )
     arguments += [*outputs, *scratch, index.full, lanes[0], index.columns, index.covered]
     arguments += [index.blocks, index.slots, rows, work]
     arguments += [hidden.view(torch.uint8) for hidden in mask]
-    arguments += _numbers(spec, q, k, v, index, geometry, plan, scale, softcap)
+    arguments += [tensor for tensor in (bounds, bias) if tensor is not None]
+    arguments += [stride for tensor in (q, k, v) for stride in tensor.stride()[:3]]
+    if bounds is not None:
+        arguments.append(bounds.stride(0))
+    arguments += bias_strides(bias, (batch, heads, num_q, k.shape[2]))
+    arguments += _numbers(spec, q, k, index, geometry, plan, scale, softcap)
     kernels.attend[(grid,)](*arguments, **spec.launch_options)
     if spec.split:
         joined = (*scratch, rows, *outputs, heads, num_q, plan.split.first, plan.split.parts)
@@ -274,16 +288,14 @@ def _numbers(
     spec: AttendSpec,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     index: AttentionIndex,
     geometry: Geometry,
     plan: AttendPlan,
     scale: float,
     softcap: float,
 ) -> list[Any]:
-    """Strides, scales and sizes, in the order of ``codegen.emit.PLAIN_SIZES``."""
-    numbers: list[Any] = [stride for tensor in (q, k, v) for stride in tensor.stride()[:3]]
-    numbers += logit_factors(scale, softcap)
+    """Scales and sizes, in the order of ``codegen.emit.PLAIN_SIZES``."""
+    numbers: list[Any] = logit_factors(scale, softcap)
     numbers += [q.shape[1], q.shape[2], k.shape[2], geometry.left, geometry.right]
     numbers += [index.full.shape[1], index.blocks.shape[1], index.full.shape[2], plan.lanes_size]
     numbers += [index.columns.shape[2], plan.packed_size]

@@ -22,6 +22,7 @@ from sparse_compiler.runtime.attend_plan import attend_plan
 from sparse_compiler.runtime.executor import Executor, Problem
 from sparse_compiler.runtime.hopper_attend import hopper_fits, hopper_spec, launch_hopper
 from sparse_compiler.runtime.kernel_cache import KernelCache
+from sparse_compiler.runtime.probe import probe_torch
 from sparse_compiler.runtime.triton_attend import (
     attend_spec,
     attend_tuning,
@@ -30,6 +31,7 @@ from sparse_compiler.runtime.triton_attend import (
     tma_fits,
 )
 from sparse_compiler.runtime.triton_launch import Launcher
+from sparse_compiler.runtime.triton_operands import check_bias, checked_bounds
 from sparse_compiler.runtime.triton_probe import (
     probe_by_head,
     probe_operands,
@@ -162,6 +164,8 @@ class TritonExecutor(Executor):
         softcap: float,
         rows: Tensor,
         key_mask: Tensor | None,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
         kv_scales: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As ``Executor.attend``.
@@ -174,6 +178,9 @@ class TritonExecutor(Executor):
         if kv_scales is not None and k.dtype != torch.float8_e4m3fn:
             raise TensorInvalid("k and v with kv_scales", "of float8_e4m3fn", k.dtype)
         _check_blocks(geometry)
+        sizes = (*q.shape[:3], k.shape[2])
+        bounds = checked_bounds(bounds, sizes)
+        check_bias(bias, sizes)
         if scale < 0:
             q, scale = -q, -scale
         q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
@@ -183,7 +190,7 @@ class TritonExecutor(Executor):
         options: Any = {"scale": scale, "softcap": softcap, "rows": rows, "key_mask": key_mask}
         # The Hopper kernel masks before it scales, which a scale of 0 would turn into NaN.
         hopper = capability[0] == 9 and not hip and scale > 0
-        if hopper and hopper_fits(q, k, v, geometry, index, softcap):
+        if hopper and hopper_fits(q, k, v, geometry, index, softcap, bounds=bounds, bias=bias):
             spec = hopper_spec(q, k, v, geometry, softcap=softcap, key_mask=key_mask)
             with device_of(q):
                 return launch_hopper(self._cache, spec, q, k, v, index, geometry, **options)
@@ -197,7 +204,9 @@ class TritonExecutor(Executor):
             has_band=index.full.shape[1] > 0,
             hip=hip,
         )
-        plan = attend_plan(q, k, v, index, geometry, min(tuning.step_k, geometry.block_k))
+        more: Any = {"bounds": bounds, "bias": bias}
+        step = min(tuning.step_k, geometry.block_k)
+        more["plan"] = attend_plan(q, k, v, index, geometry, step, **more)
         spec = attend_spec(
             q,
             k,
@@ -209,7 +218,7 @@ class TritonExecutor(Executor):
             key_mask=key_mask,
             tma=tma,
             interpret=interpret,
-            plan=plan,
+            **more,
         )
         with device_of(q):
             return launch_attend(
@@ -221,8 +230,8 @@ class TritonExecutor(Executor):
                 index,
                 geometry,
                 kv_scales=kv_scales,
-                plan=plan,
                 **options,
+                **more,
             )
 
     def probe(
@@ -237,8 +246,25 @@ class TritonExecutor(Executor):
         rows: Tensor,
         key_mask: Tensor | None,
         num_rows: int,
+        bounds: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """As ``Executor.probe``; with bounds or a bias in PyTorch operations, not by our kernels."""
         self._check(q, k, k, 0.0)
+        if bounds is not None or bias is not None:
+            return probe_torch(
+                q,
+                k,
+                heads,
+                first_row,
+                geometry,
+                scale=scale,
+                rows=rows,
+                key_mask=key_mask,
+                num_rows=num_rows,
+                bounds=bounds,
+                bias=bias,
+            )
         q, k, scale = probe_operands(q, k, scale)
         columns = distances = None
         with device_of(q):
@@ -280,6 +306,9 @@ class TritonExecutor(Executor):
         sizes: tuple[int, int, int, int],
         num_slots: int,
     ) -> tuple[Tensor, ...] | None:
+        # The kernels know neither: the patterns' own methods take them, through ``probe``.
+        if request.bounds is not None or request.bias is not None:
+            return None
         self._check(request.q, request.k, request.k, 0.0)
         _check_blocks(request.geometry)
         with device_of(request.q):

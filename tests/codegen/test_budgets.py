@@ -88,6 +88,11 @@ EVERYTHING: dict[str, Any] = {
     "softcap": True,
     "has_blocks": True,
 }
+OPERANDS: dict[str, dict[str, Any]] = {
+    "bounds and key bias": {"bounds": True, "bias": "key"},
+    "row bias": {"bias": "row"},
+    "distance bias": {"bias": "distance"},
+}
 SHIPPED: dict[str, Callable[[], Case]] = {
     **{
         f"band {target}": lambda target=target: Case(target, shipped(target))
@@ -104,6 +109,13 @@ SHIPPED: dict[str, Callable[[], Case]] = {
     "band and blocks sm_90": lambda: Case("sm_90", shipped("sm_90", has_blocks=True)),
     "blocks sm_90": lambda: Case("sm_90", shipped("sm_90", has_blocks=True, has_band=False)),
     "blocks sm_80": lambda: Case("sm_80", shipped("sm_80", has_blocks=True, has_band=False)),
+    **{
+        f"{what} {target}": lambda target=target, fields=fields: Case(
+            target, shipped(target, **fields)
+        )
+        for what, fields in OPERANDS.items()
+        for target in CAPABILITY
+    },
     "everything sm_90": lambda: Case("sm_90", shipped("sm_90", **EVERYTHING)),
     "fp16 D 64 sm_90": lambda: Case("sm_90", shipped("sm_90", "float16", 64)),
     "fp16 D 80 sm_90": lambda: Case("sm_90", shipped("sm_90", "float16", 80)),

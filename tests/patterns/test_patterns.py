@@ -112,10 +112,7 @@ def calls(draw: st.DrawFn, right: int | None = 0, budget: float | None = None) -
         draw(st.sampled_from([16, 32, 64])),
     )
     hidden = draw(st.sampled_from([(0, 0, 0), (0, 0, 0), (7, 0, 0), (0, 12, 0), (3, 3, 2)]))
-    if geometry.right == 0:
-        chosen = draw(st.lists(heads, min_size=1, max_size=3))
-    else:
-        chosen = [HeadPattern("block_sparse", draw(st.integers(0, 6)))]
+    chosen = draw(st.lists(heads, min_size=1, max_size=3))
     share = draw(st.sampled_from([-1.0, -1.0, 0.1, 0.5])) if budget is None else budget
     return Call(
         tuple(chosen),
@@ -580,4 +577,5 @@ def test_the_policy_gives_each_head_a_pattern_that_fits_the_mask(causal: bool) -
     assert found == [auto if causal else AUTO_OTHER] * 3
     for head in uniform("auto", 2, causal=False, auto=auto):
         assert not registry.get(head.name).needs_causal
+        assert registry.get(head.name).component_for(causal=False) == "blocks"
     assert uniform("a_shape", 2, causal=True, auto=auto) == [registry.get("a_shape").default()] * 2

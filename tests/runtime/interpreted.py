@@ -167,8 +167,10 @@ def attend_errors(executor: Any, case: Case) -> dict[str, Any]:
     }
 
 
-def launch(directory: str, variant: Variant, inputs: Inputs) -> tuple[AttendSpec, Any, Any]:
-    """(spec, out, lse) of one variant, in the interpreter."""
+def launch(
+    directory: str, variant: Variant, inputs: Inputs, **operands: Any
+) -> tuple[AttendSpec, Any, Any]:
+    """(spec, out, lse) of one variant, in the interpreter; ``operands`` are bounds and bias."""
     case, stored = variant.case, variant.stored
     k, v = (t if stored is None else t.to(stored) for t in (inputs.k, inputs.v))
     q, k, v = rows_contiguous(inputs.q), rows_contiguous(k), rows_contiguous(v)
@@ -176,7 +178,8 @@ def launch(directory: str, variant: Variant, inputs: Inputs) -> tuple[AttendSpec
     tuning = attend_tuning(case.dtype, max(case.dim, case.value_dim), geometry, (0, 0))
     split = Split(variant.first, variant.parts)
     step = min(tuning.step_k, geometry.block_k)
-    plan = attend_plan(q, k, v, index, geometry, step, split=split, packed=variant.packed)
+    chosen: Any = {"split": split, "packed": variant.packed, **operands}
+    plan = attend_plan(q, k, v, index, geometry, step, **chosen)
     plan = replace(plan, wide=plan.wide or variant.wide)
     spec = attend_spec(
         q,
@@ -191,6 +194,7 @@ def launch(directory: str, variant: Variant, inputs: Inputs) -> tuple[AttendSpec
         interpret=True,
         lse=variant.lse,
         plan=plan,
+        **operands,
     )
     out, lse = launch_attend(
         KernelCache(directory),
@@ -206,6 +210,7 @@ def launch(directory: str, variant: Variant, inputs: Inputs) -> tuple[AttendSpec
         key_mask=inputs.key_mask,
         kv_scales=None if stored is None else make_scales(case),
         plan=plan,
+        **operands,
     )
     return spec, out, lse
 
