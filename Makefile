@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),constraints/base.txt,constraints/cpu.txt)
 TOKENS ?= 16384
 
-.PHONY: demo test check fix test-gpu bench golden budgets fuzz clean
+.PHONY: demo test check fix test-gpu bench golden budgets fuzz coverage clean
 
 $(VENV)/ready: pyproject.toml constraints/base.txt constraints/cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -32,6 +32,9 @@ fix: $(VENV)/ready
 
 fuzz: $(VENV)/ready  ## the property tests with many more examples
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "not gpu" --timeout 3600
+
+coverage: $(VENV)/ready  ## every architecture of transformers against itself; QUICK=1: a third of them
+	$(BIN)/python tests/models/run_coverage.py --write docs/coverage.md $(if $(QUICK),--quick)
 
 # On a GPU machine the interpreter that holds torch is used as it is: make test-gpu PYTHON=python3
 test-gpu:

@@ -55,7 +55,7 @@ class Sparse:
             pattern = [pattern] * q.shape[1]
         self.heads = pattern or []
         self._scale = q.shape[3] ** -0.5
-        self._band = (None, None, 0, -1, 0)
+        self._band = (None, None, None, None, 0, -1, 0)
         if self.heads:
             self._prepare()
 
@@ -100,7 +100,7 @@ class Sparse:
         """(out, lse) over an index."""
         tensors = index.tensors() if isinstance(index, AttentionIndex) else index
         return torch.ops.sparse_compiler.attend(
-            *(self.q, self.k, self.v, *tensors, *self._band, self._scale, 0.0, *self._blocking),
+            *(self.q, self.k, self.v, *tensors, *self._band, self._scale, 0.0, None, *self._blocking),
             *self._choice(min_tokens),
         )
 

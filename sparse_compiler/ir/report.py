@@ -21,6 +21,9 @@ class Code(StrEnum):
     CONFIG_DENSE = "CONFIG_DENSE"  # option or configuration says dense
     # Unexpected: the option fallback acts on these.
     CHAIN = "CHAIN"  # an attention written out in a way that the matcher cannot read
+    WEIGHTS = "WEIGHTS"  # the attention weights are an output: call with output_attentions=False
+    OPAQUE = "OPAQUE"  # one call that holds a whole attention layer, used in a way that keeps it closed
+    FLEX = "FLEX"  # flex_attention whose functions or block lists cannot be read
     MASK_UNKNOWN = "MASK_UNKNOWN"  # the mask's producers were not understood
     MASK_REFUTED = "MASK_REFUTED"  # understood, and not a mask that the executors know
     DROPOUT = "DROPOUT"  # dropout is active: call model.eval()

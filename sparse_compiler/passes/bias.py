@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import sympy
+import torch
+from torch import fx
+
+from sparse_compiler.ir.mask import MaskFact
+from sparse_compiler.passes.distance import by_distance, is_computed, line_of, symbols_of, trace
 from sparse_compiler.passes.form import Axes, Element
+from sparse_compiler.passes.grid import call, emit_element, full
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 
-__all__ = ["Bias", "classify"]
+__all__ = ["Bias", "classify", "emit_bias"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,56 @@ def classify(
     Raises:
         NotUnderstood: one ties rows to keys by data.
     """
-    kept, shifts = [], False
+    kept: list[Bias] = []
+    shifts = False
     for element, factor in found:
-        value = tensors.evaluate(element.node, element.index)
-        free = value.free_symbols
+        tree = trace(tensors, element.node, element.index)
+        free = symbols_of(tree)
         if axes.key not in free:
             shifts = True
         elif axes.query not in free:
-            index = tuple(i.xreplace({axes.query: axes.query * 0}) for i in element.index)
+            index = tuple(i.xreplace({axes.query: sympy.Integer(0)}) for i in element.index)
             kept.append(Bias(Element(element.node, index), factor))
+        elif by_distance(axes, tree):
+            kept.append(Bias(element, factor, by_row=True, by_distance=True))
+        elif is_computed(tensors, tree):
+            kept.append(Bias(element, factor, by_row=True))
         else:
-            raise NotUnderstood(f"the bias {element.node.name} ties rows to keys")
+            raise NotUnderstood(_refusal(element.node))
     return tuple(kept), shifts
+
+
+def _refusal(node: fx.Node) -> str:
+    source = node
+    while source.op != "placeholder" and len(source.all_input_nodes) == 1:
+        source = source.all_input_nodes[0]
+    if source.op == "placeholder":
+        return (
+            f"the mask or bias {source.name} is an input that says something of each pair of row and"
+            " key, which cannot be known; pass a padding mask [B, Lk] instead"
+        )
+    return f"the bias {node.name} ({node.target}) ties rows to keys by data"
+
+
+def emit_bias(
+    graph: fx.Graph,
+    tensors: SymbolicTensors,
+    axes: Axes,
+    fact: MaskFact,
+    size_of: Callable[[sympy.Expr], Any],
+    device: torch.device | str,
+) -> fx.Node | None:
+    """``bias``: floating [B|1, Hq|1, Lq|1, Lk], or a table by distance [Hq|1, Lq + Lk - 1]."""
+    if not fact.bias:
+        return None
+    table = all(bias.by_distance for bias in fact.bias)
+    found = []
+    for bias in fact.bias:
+        where = bias.where
+        if table:
+            node = line_of(graph, tensors, axes, where, size_of)
+        else:
+            node = emit_element(graph, tensors, where.node, where.index, axes.pairs, size_of)
+        found.append(node if bias.factor == 1 else call(graph, operator.mul, node, bias.factor))
+    total = functools.reduce(lambda a, b: call(graph, operator.add, a, b), found)
+    return total if table else full(graph, total, axes.pairs[3], size_of)

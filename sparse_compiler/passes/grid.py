@@ -19,9 +19,9 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors, tensor_of
-from sparse_compiler.passes.symbolic_values import Choice
+from sparse_compiler.passes.symbolic_values import Choice, FloorDivide, Modulo
 
-__all__ = ["Axis", "Emitter", "call", "emit", "emit_element"]
+__all__ = ["Axis", "Emitter", "call", "emit", "emit_element", "full"]
 
 Axis = tuple[sympy.Symbol, sympy.Expr]
 SizeOf = Callable[[sympy.Expr], Any]
@@ -102,6 +102,18 @@ def _fake_mode(graph: fx.Graph) -> Any:
     return contextlib.nullcontext()
 
 
+def full(
+    graph: fx.Graph, node: fx.Node, axis: Axis, size_of: SizeOf, dim: int | None = None
+) -> fx.Node:
+    """`node` expanded to the axis's size along the last dimension, or along `dim`."""
+    value = node.meta["example_value"]
+    at = value.dim() - 1 if dim is None else dim
+    if not isinstance(value.shape[at], int) or value.shape[at] != 1 or axis[1] == 1:
+        return node
+    sizes = [size_of(axis[1]) if n == at else -1 for n in range(value.dim())]
+    return call(graph, "expand", node, sizes)
+
+
 class Emitter:
     """Emits values over one tuple of axes and shares what they have in common.
 
@@ -144,7 +156,6 @@ class Emitter:
 
     def element(self, node: fx.Node, index: Sequence[sympy.Expr]) -> fx.Node:
         """``node[index]`` over the axes: a view where that is one."""
-        node = self._snapshot(node)
         shape = self.tensors.shape(node)
         place = [_ZERO if n == 1 else i for i, n in zip(index, shape, strict=True)]
         seen = self._view(node, place, shape)
@@ -165,7 +176,7 @@ class Emitter:
         if isinstance(value, AppliedUndef):
             return self._read(value)
         depends = value.atoms(AppliedUndef) or value.free_symbols & self._position.keys()
-        if not depends and isinstance(value, sympy.Expr):
+        if not depends and isinstance(value, sympy.Expr) and not value.has(*_OURS):
             return self.size_of(value)
         handler = _HANDLERS.get(type(value).__name__)
         if handler is None:
@@ -239,7 +250,8 @@ class Emitter:
         node = self.tensors.reads.get(value.func)
         if node is None:
             raise NotUnderstood(f"{value.func} is no read of this graph")
-        return self.element(node, value.args)
+        early = value.func not in self.tensors.late
+        return self.element(self._snapshot(node) if early else node, value.args)
 
     def _segment(self, node: fx.Node, side: str, index: tuple[Any, ...]) -> fx.Node:
         """First or last position along the last dimension with the same id as `index`."""
@@ -313,6 +325,8 @@ def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return call(graph, "clone", node)
 
 
+# Size expressions of the graph itself have none of these; they are computed here.
+_OURS = (sympy.Min, sympy.Max, sympy.Abs, sympy.Piecewise, FloorDivide, Modulo)
 _HANDLERS: dict[str, Callable[[Emitter, Any], Any]] = {
     "Add": lambda e, v: e._fold(operator.add, v),
     "Mul": lambda e, v: e._fold(operator.mul, v),

@@ -180,8 +180,7 @@ def _spellings(
     distinct = list(dict.fromkeys(values))
     found = list(distinct)
     if len(distinct) > 1:
-        found += [sympy.Max(*distinct), sympy.Min(*distinct)]
-    found = [f for f in found if f.is_integer][: _MOST_PIECES]
+        found += [kind(*distinct, evaluate=False) for kind in (sympy.Max, sympy.Min)]
     conditions = [_condition(decider, points, names) for points, _ in pieces]
     covered = decider.run(lambda: context.is_subset(bound.domain()))
     if covered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from sparse_compiler.ir.report import PassReport
 from sparse_compiler.passes.canonicalize import canonicalize
 from sparse_compiler.passes.choose_pattern import choose_pattern
 from sparse_compiler.passes.context import PassContext
+from sparse_compiler.passes.expand import expand_composites
 from sparse_compiler.passes.find_attention import find_attention
 from sparse_compiler.passes.prove_masks import prove_masks
 from sparse_compiler.passes.purity import is_collective, is_mutating
@@ -45,7 +47,8 @@ class Pass:
 
 
 PIPELINE: tuple[Pass, ...] = (
-    Pass(canonicalize, frozenset(), frozenset({"forms"})),
+    Pass(expand_composites, frozenset(), frozenset({"opened"}), edits=True),
+    Pass(canonicalize, frozenset({"opened"}), frozenset({"forms"})),
     Pass(find_attention, frozenset({"forms"}), frozenset({"sites"})),
     Pass(prove_masks, frozenset({"sites"}), frozenset({"proofs"})),
     Pass(choose_pattern, frozenset({"sites", "proofs"}), frozenset({"decisions"})),
@@ -70,11 +73,15 @@ _check_order(PIPELINE)
 
 
 def run_pipeline(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
-    """Run every pass on ``gm`` in place; fills ``ctx.report``.
+    """Run every pass on ``gm`` in place, on a copy for a dry run; fills ``ctx.report``.
 
+    Returns:
+        The module that the passes edited.
     Raises:
         GraphInvariantBroken: a pass broke a promise (a bug of the pass).
     """
+    if ctx.config.dryrun:
+        gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     checking = check_invariants()
     for stage in PIPELINE:
         name = stage.run.__name__

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from torch import fx
 
 from sparse_compiler.passes.form import AttentionForm
+from sparse_compiler.passes.opaque import match_opaque
 from sparse_compiler.passes.sdpa import match_sdpa
 from sparse_compiler.passes.softmax_chain import match_softmax_chain
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
@@ -26,7 +27,7 @@ ENTRY_POINT_GROUP = "sparse_compiler.matchers"
 
 Matcher = Callable[[fx.Node, SymbolicTensors], AttentionForm | None]
 
-_BUILT_IN: tuple[Matcher, ...] = (match_sdpa, match_softmax_chain)
+_BUILT_IN: tuple[Matcher, ...] = (match_opaque, match_sdpa, match_softmax_chain)
 _added: list[Matcher] = []
 _loaded = False
 

@@ -38,6 +38,7 @@ class MutationMap:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._position = {node: n for n, node in enumerate(graph.nodes)}
+        self._nodes = list(self._position)
         self._writes: dict[object, list[int]] = {}
         for node, position in self._position.items():
             for target in _written(node):
@@ -47,10 +48,17 @@ class MutationMap:
         """Whether the memory of `node` is written anywhere in the graph."""
         return storage_of(node) in self._writes
 
-    def written_before(self, node: fx.Node, moment: fx.Node) -> bool:
-        """Whether the memory of `node` is written earlier than `moment`."""
+    def last_write(self, node: fx.Node, moment: fx.Node) -> fx.Node | None:
+        """The last node before `moment` that writes to the memory of `node`."""
         until = self._position[moment]
-        return any(p < until for p in self._writes.get(storage_of(node), ()))
+        earlier = [p for p in self._writes.get(storage_of(node), ()) if p < until]
+        return self._nodes[max(earlier)] if earlier else None
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether `node` itself writes to its first argument."""
+        position = self._position[node]
+        first = node.args[0] if node.args else None
+        return isinstance(first, fx.Node) and position in self._writes.get(storage_of(first), ())
 
     def same_memory(self, left: fx.Node, right: fx.Node) -> bool:
         """Whether two nodes share a storage."""

@@ -15,12 +15,14 @@ from sparse_compiler.ir.pattern import LayerPatterns
 from sparse_compiler.ir.report import Code, PassReport
 from sparse_compiler.ir.site import AttentionSite, Operand
 from sparse_compiler.passes.context import META, Decision, PassContext, SiteState
-from sparse_compiler.passes.emit_mask import MaskEmitter
+from sparse_compiler.passes.mask_operands import MaskEmitter
 from sparse_compiler.passes.grid import call
+from sparse_compiler.passes.purity import is_pure
 from sparse_compiler.passes.remove_dead import remove_dead
 from sparse_compiler.passes.sdpa import is_sdpa, sdpa_arguments
 from sparse_compiler.passes.sizes import SizeMissing
-from sparse_compiler.passes.symbolic_tensor import NotUnderstood
+from sparse_compiler.passes.symbolic_reader import operation
+from sparse_compiler.passes.symbolic_tensor import HANDLERS, NotUnderstood
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits
 
@@ -56,7 +58,11 @@ class _Rewriter:
     def run(self) -> tuple[int, tuple[str, ...]]:
         changed = sum(self._rewrite(node, state) for node, state in self.ctx.states(self.gm))
         # Last of all: until here every node that a site names must stay.
-        left = [n for n in self.left if n.graph is self.graph and n not in self.replaced]
+        left = [n for n in self.left if n not in self.replaced]
+        if changed:
+            # What nobody read to begin with: the decoder's mask of a model that has no use for it.
+            known = (n for n in self.graph.nodes if not n.users and operation(n) in HANDLERS)
+            left += [n for n in known if is_pure(n)]
         return changed, remove_dead(self.graph, left, self.owned)[1]
 
     def _rewrite(self, node: fx.Node, state: SiteState) -> bool:
@@ -234,5 +240,5 @@ def _parameters(
     node = gm.graph.get_attr(name)
     mode = getattr(site.query.example, "fake_mode", None)
     buffer = getattr(gm, name)
-    node.meta["example_value"] = buffer if mode is None else mode.from_tensor(buffer)
+    node.meta["example_value"] = buffer if mode is None else mode.from_tensor(buffer, static_shapes=True)
     return node

@@ -20,6 +20,7 @@ from sparse_compiler.passes.axes import attention_axes, unread_form
 from sparse_compiler.passes.form import AttentionForm, Element, MaskTerm
 from sparse_compiler.passes.layout import divided, replaced, step_back, substituted, tidy
 from sparse_compiler.passes.products import Product, broadcast, is_product, product_at
+from sparse_compiler.passes.purity import is_pure
 from sparse_compiler.passes.symbolic_reader import Index, argument, operation, tensor_of
 from sparse_compiler.passes.symbolic_tensor import Mutated, NotUnderstood, SymbolicTensors
 from sparse_compiler.passes.symbolic_values import Choice, FloorDivide, Modulo
@@ -98,6 +99,7 @@ class _Chain:
         self.scale = 1.0
         self.dropout: Any = 0.0
         self.sinks: Element | None = None
+        self.cleared: list[fx.Node] = []
         self.product: Product | None = None
         # Symbols of the key, of what the products sum over; and how many keys there are.
         self.key = self.dim = self.contracted = sympy.Dummy("d", integer=True)
@@ -105,7 +107,12 @@ class _Chain:
         self.inner: list[fx.Node] = [node]
 
     def form(self) -> AttentionForm | None:
-        found = self._values()
+        if not self._has_product(self.source):
+            return None
+        try:
+            found = self._values()
+        except _Failed as failed:
+            return unread_form(self.node, self.node, self.tensors, (failed.code, str(failed)))
         if found is None:
             return None
         out, out_index, probs, values, key_size = found
@@ -120,11 +127,10 @@ class _Chain:
         try:
             if not self._logits(element, 1.0, self.node):
                 return None
+            self._check_cleared(rows, key)
             if shape[-1] != key_size and self.sinks is None:
                 raise _Failed(self.node, "weights are cut off after softmax")
         except _Failed as failed:
-            if self.product is None and not self._has_product(self.source):
-                return None
             obstacle = (failed.code, str(failed))
         except Mutated as mutated:
             obstacle = (Code.CHAIN, str(mutated))
@@ -135,23 +141,68 @@ class _Chain:
     # -- forward: the product with the values ------------------------------------------------------
 
     def _values(self) -> tuple[fx.Node, Index, Index, Element, sympy.Expr] | None:
-        """(product, its index, softmax's index, value element, number of keys)."""
+        """(product, its index, softmax's index, value element, number of keys).
+
+        Raises:
+            _Failed: there is such a product, but it reads something else than the weights.
+        """
         node = self.node
         for _ in range(_LIMIT):
             users = [u for u in node.users if not _only_asks(u)]
-            products = [u for u in users if is_product(u)]
             if len(users) != 1:
+                if any(self._feeds_product(u) for u in users):
+                    raise _Failed(node, "the weights themselves are read too", Code.WEIGHTS)
                 return None
             user = users[0]
-            if products:
+            if is_product(user):
                 return self._values_of(user)
-            name = _plain_name(user)
-            passes = name in _CASTS or name == "dropout"
-            if not passes and step_back(self.tensors, user, self._zeros(user)) is None:
+            if not self._passes(user, node):
+                if self._feeds_product(user):
+                    raise _Failed(user, "the weights are changed after softmax")
                 return None
             self.inner.append(user)
             node = user
         return None
+
+    def _passes(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether ``user`` hands the weights on as they are, but for pairs that are hidden anyway."""
+        name = _plain_name(user)
+        if name in _CASTS or name == "dropout":
+            return True
+        if name == "masked_fill" and argument(user, 0, "input") is node:
+            zero = self._constant(argument(user, 2, "value")) == 0
+            self.cleared.append(argument(user, 1, "mask"))
+            return zero and self.tensors.shape(user) == self.tensors.shape(self.node)
+        return step_back(self.tensors, user, self._zeros(user)) is not None
+
+    def _check_cleared(self, rows: Index, key: sympy.Symbol) -> None:
+        """Weights that are set to 0 after softmax must have been hidden before it."""
+        for mask in self.cleared:
+            wanted = broadcast(mask, (*rows, key), self.tensors)
+            same = any(
+                term.kind == "drop" and self._equal(term.where, wanted) for term in self.terms
+            )
+            if not same:
+                raise _Failed(mask, "weights that took part in the softmax are set to 0")
+
+    def _equal(self, first: Element, second: Element) -> bool:
+        if first.index == second.index and _computed_alike(first.node, second.node):
+            return True
+        values = (self.tensors.evaluate(e.node, e.index) for e in (first, second))
+        return next(values) == next(values)
+
+    def _feeds_product(self, node: fx.Node) -> bool:
+        """Whether a product reads what becomes of ``node`` in a few steps."""
+        work, seen = [node], set()
+        while work and len(seen) < 32:
+            current = work.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if is_product(current):
+                return True
+            work += current.users
+        return False
 
     def _zeros(self, node: fx.Node) -> Index:
         return tuple(sympy.Integer(0) for _ in self.tensors.shape(node))
@@ -185,7 +236,7 @@ class _Chain:
             name = _plain_name(node)
             if name == "dropout":
                 self._read_dropout(node)
-            if name in _CASTS or name == "dropout":
+            if name in _CASTS or name in ("dropout", "masked_fill"):
                 source = argument(node, 0, "input")
                 if not isinstance(source, fx.Node):
                     return None
@@ -334,6 +385,20 @@ class _Chain:
     def _hides(number: float, dtype: torch.dtype) -> bool:
         return number <= max(torch.finfo(dtype).min, _HIDDEN)
 
+    def _floored(self, node: fx.Node, index: Index, factor: float) -> bool:
+        """Logits that are raised to a value so low that it hides: that moves hidden ones only."""
+        clamps = _plain_name(node) == "clamp"
+        inside, floor = argument(node, 0, "input"), argument(node, 1, "min" if clamps else "other")
+        if not isinstance(inside, fx.Node) or not self._has_product(inside):
+            inside, floor = floor, inside
+        if not isinstance(inside, fx.Node) or not self._has_product(inside):
+            return False
+        number = self._constant(floor)
+        known = number is not None and factor > 0 and self._hides(number * factor, torch.float64)
+        if not known or (clamps and argument(node, 2, "max") is not None):
+            raise _Failed(node, "the logits are cut off")
+        return self._side(node, inside, index, factor)
+
     def _capped(self, node: fx.Node, index: Index, factor: float) -> bool:
         if self.softcap or not factor > 0 or self.factors:
             raise _Failed(node, "more than one soft cap, or one under a factor that is no number")
@@ -421,12 +486,33 @@ _HANDLERS: dict[str, Any] = {
     "where": _Chain._filled,
     "masked_fill": _Chain._filled,
     "tanh": _Chain._capped,
+    "max": _Chain._floored,
+    "maximum": _Chain._floored,
+    "clamp": _Chain._floored,
     "cat": _Chain._joined,
 }
 
 
 def _free(element: Element) -> set[Any]:
     return set().union(*(sympy.sympify(e).free_symbols for e in element.index))
+
+
+def _computed_alike(first: Any, second: Any, depth: int = 16) -> bool:
+    """Whether two nodes apply the same pure operations to the same nodes."""
+    if first is second:
+        return True
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or not depth:
+        return not isinstance(first, fx.Node) and not isinstance(second, fx.Node) and first == second
+    if first.op not in ("call_function", "call_method") or not is_pure(first):
+        return False
+    same = (first.op, first.target, first.kwargs.keys()) == (
+        *(second.op, second.target, second.kwargs.keys()),
+    )
+    if not same or len(first.args) != len(second.args):
+        return False
+    pairs = [*zip(first.args, second.args, strict=True)]
+    pairs += [(first.kwargs[name], second.kwargs[name]) for name in first.kwargs]
+    return all(_computed_alike(a, b, depth - 1) for a, b in pairs)
 
 
 def _number(value: Any, node: fx.Node) -> float:

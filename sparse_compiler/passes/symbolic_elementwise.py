@@ -144,6 +144,59 @@ def _absolute(reader: SymbolicReader, node: fx.Node, index: Index) -> Value:
     return sympy.Abs(value)
 
 
+def _clamp(reader: SymbolicReader, node: fx.Node, index: Index) -> Value:
+    value = reader.operand(node, argument(node, 0, "input"), index)
+    name = getattr(node.target, "__name__", str(node.target))
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    if name == "clamp_max":
+        low, high = None, argument(node, 1, "max")
+    if not isinstance(value, sympy.Expr) or reader.dtype(node) not in (torch.int64, torch.int32):
+        raise NotUnderstood("clamp of something else than an index")
+    for bound, kind in ((low, "maximum"), (high, "minimum")):
+        if bound is not None:
+            value = combine(kind, value, _integer(reader, bound), reader.dtype(node))
+    return value
+
+
+def _difference(reader: SymbolicReader, node: fx.Node, index: Index) -> Value:
+    """``diff`` with one value put in front, where the first step is like all the others."""
+    source, before = argument(node, 0, "input"), argument(node, 3, "prepend")
+    rank, dim = len(index), argument(node, 2, "dim", -1)
+    plain = argument(node, 1, "n", 1) == 1 and argument(node, 4, "append") is None
+    if not plain or not isinstance(before, fx.Node) or not isinstance(dim, int):
+        raise NotUnderstood("diff by another spelling")
+    at = dim % rank
+    if reader.shape(before)[at] != 1 or reader.dtype(node) != torch.int64:
+        raise NotUnderstood("diff by another spelling")
+
+    def value(part: fx.Node, place: sympy.Expr) -> sympy.Expr:
+        found = reader.evaluate(part, (*index[:at], place, *index[at + 1 :]))
+        if not isinstance(found, sympy.Expr):
+            raise NotUnderstood("diff of choices")
+        return found
+
+    zero = sympy.Integer(0)
+    first = sympy.expand(value(source, zero) - value(before, zero))
+    step = sympy.expand(value(source, index[at]) - value(source, index[at] - 1))
+    if first != step:
+        raise NotUnderstood("diff of steps that are not seen to be equal")
+    return step
+
+
+def _running_sum(reader: SymbolicReader, node: fx.Node, index: Index) -> Value:
+    """``cumsum`` of one number."""
+    dim = argument(node, 1, "dim")
+    value = reader.operand(node, argument(node, 0, "input"), index)
+    value = round_value(value, torch.int64)
+    if isinstance(value, Choice) and value.cond in (sympy.true, sympy.false):
+        value = sympy.Integer(value.yes if value.cond is sympy.true else value.no)
+    if not isinstance(value, sympy.Integer) or not isinstance(dim, int) or not index:
+        raise NotUnderstood("a running sum of more than one number")
+    if reader.dtype(node) != torch.int64:
+        raise NotUnderstood(f"a running sum stored as {reader.dtype(node)}")
+    return value * (index[dim % len(index)] + 1)
+
+
 def _logical(
     join: Callable[..., Any], bools_only: bool, reader: SymbolicReader, node: fx.Node, index: Index
 ) -> Value:
@@ -218,6 +271,12 @@ def _table() -> dict[str, Evaluate]:
         "__neg__": _negative,
         "abs": _absolute,
         "absolute": _absolute,
+        "clamp": _clamp,
+        "clip": _clamp,
+        "clamp_min": _clamp,
+        "clamp_max": _clamp,
+        "diff": _difference,
+        "cumsum": _running_sum,
         "where": _where,
         "masked_fill": _masked_fill,
         "tril": partial(_triangle, True),

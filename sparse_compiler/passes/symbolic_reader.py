@@ -9,9 +9,10 @@ guessed: memory that is written in place anywhere in the graph is refused altoge
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -24,11 +25,13 @@ from sparse_compiler.passes.presburger import Decider, Domain, Undecidable
 from sparse_compiler.passes.symbolic_values import NotUnderstood, Value, as_bool
 
 __all__ = [
+    "IN_PLACE",
     "Evaluate",
     "Index",
     "Mutated",
     "SymbolicReader",
     "argument",
+    "functional",
     "operation",
     "size_expr",
     "tensor_of",
@@ -88,6 +91,38 @@ def operation(node: fx.Node) -> str | None:
     return "getattr" if target is getattr else None
 
 
+def functional(node: fx.Node) -> str | None:
+    """The operation whose result an operation that writes its first argument puts there."""
+    name = operation(node)
+    if name is None:
+        return None
+    if name in IN_PLACE:
+        return IN_PLACE[name]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else None
+
+
+_IN_PLACE = ("add", "sub", "mul", "and_", "or_", "xor", "floordiv", "mod", "truediv")
+IN_PLACE: dict[str, str] = {
+    spelling: name
+    for name in _IN_PLACE
+    for spelling in (f"i{name.rstrip('_')}", f"__i{name.rstrip('_')}__")
+}
+
+
+def _covers(writer: fx.Node, node: fx.Node) -> bool:
+    """Whether `writer` overwrites just the elements of `node`, in its order."""
+    first = writer.args[0] if writer.args else None
+    target = tensor_of(first) if isinstance(first, fx.Node) else None
+    value = tensor_of(node)
+    if target is None or value is None or writer.kwargs.get("out") is not None:
+        return False
+    same = target.dtype == value.dtype and target.dim() == value.dim()
+    if not same or target.storage_offset() != value.storage_offset():
+        return False
+    places = zip(target.shape + target.stride(), value.shape + value.stride(), strict=True)
+    return all(size_expr(a) == size_expr(b) for a, b in places)
+
+
 class SymbolicReader:
     """Lazy reader of one graph's tensors; remembers what it evaluated.
 
@@ -98,6 +133,8 @@ class SymbolicReader:
     Attributes:
         reads: which node each uninterpreted function symbol stands for.
         reasons: for each node that became uninterpreted, why.
+        late: the functions among `reads` that are read after all writes to their node's memory;
+            others are read before any.
         segments: for each function made by `segment`, its node and side.
         shared: what callers keep for the lifetime of the reader.
     """
@@ -110,9 +147,10 @@ class SymbolicReader:
         self.segments: dict[Any, tuple[fx.Node, str]] = {}
         self.size_bounds: dict[sympy.Symbol, tuple[int | None, int | None]] = {}
         self.shared: dict[Any, Any] = {}
-        self._functions: dict[fx.Node, Any] = {}
+        self.late: set[Any] = set()
+        self._functions: dict[Any, Any] = {}
         self._index_sizes: dict[sympy.Symbol, sympy.Expr] = {}
-        self._memo: dict[tuple[fx.Node, Index], Value] = {}
+        self._memo: dict[tuple[fx.Node, Index, fx.Node | None], Value] = {}
         # The operation that is being read and when it ran: its operands are what they were then.
         self._consumer: fx.Node | None = None
         self._moment: fx.Node | None = None
@@ -202,39 +240,62 @@ class SymbolicReader:
                 `node` itself: anywhere).
             NotUnderstood: not a tensor.
         """
-        moment = self._check_memory(node)
+        moment = self.moment(node, self._consumer, self._moment)
+        return self.evaluate_at(node, index, moment)
+
+    def moment(
+        self, node: fx.Node, consumer: fx.Node | None, outer: fx.Node | None
+    ) -> fx.Node | None:
+        """The operation that takes the value of `node` out of its memory, on behalf of `consumer`,
+        whose own value is taken by `outer`; None is the reader's caller, at any time.
+        """
+        if consumer is None:
+            return outer
+        shared = self.mutations.same_memory(node, consumer)
+        return outer if shared and not self.mutations.writes(consumer) else consumer
+
+    def evaluate_at(
+        self, node: fx.Node, index: Sequence[sympy.Expr], moment: fx.Node | None
+    ) -> Value:
+        """As `evaluate`, the value being what is in memory when `moment` runs."""
         place = tuple(
             sympy.Integer(0) if n == 1 else i for i, n in zip(index, self.shape(node), strict=True)
         )
-        key = (node, place)
+        writer = self.writer(node, moment)
+        key = (node, place, writer)
         known = self._memo.get(key)
         if known is None:
-            outer = self._consumer, self._moment
-            self._consumer, self._moment = node, moment
-            try:
-                known = self._memo[key] = self._evaluate(node, place)
-            finally:
-                self._consumer, self._moment = outer
+            with self.reading(writer or node, moment):
+                known = self._memo[key] = self._evaluate(node, place, writer)
         return known
 
-    def _check_memory(self, node: fx.Node) -> fx.Node | None:
-        """The operation that takes the value of `node` out of its memory; None is the reader's
-        caller, who may do so at any time.
+    @contextlib.contextmanager
+    def reading(self, consumer: fx.Node, moment: fx.Node | None) -> Iterator[None]:
+        """`evaluate` gives what `consumer` reads, its own value being taken by `moment`."""
+        outer = self._consumer, self._moment
+        self._consumer, self._moment = consumer, moment
+        try:
+            yield
+        finally:
+            self._consumer, self._moment = outer
+
+    def writer(self, node: fx.Node, moment: fx.Node | None) -> fx.Node | None:
+        """The operation that last wrote all of `node` before `moment`; None if there is none.
 
         Raises:
-            Mutated: the memory is written before that.
+            Mutated: the memory is written in a way that is not followed.
         """
-        moment = self._moment
-        if self._consumer is not None and not self.mutations.same_memory(node, self._consumer):
-            moment = self._consumer
-        written = (
-            self.mutations.written(node)
-            if moment is None
-            else self.mutations.written_before(node, moment)
-        )
-        if written:
-            raise Mutated(f"{node.name} ({node.target}) is written in place")
-        return moment
+        problem = Mutated(f"{node.name} ({node.target}) is written in place")
+        if moment is None:
+            if self.mutations.written(node):
+                raise problem
+            return None
+        writer = self.mutations.last_write(node, moment)
+        if writer is None:
+            return None
+        if not _covers(writer, node) or functional(writer) not in self._handlers:
+            raise problem
+        return writer
 
     def evaluate_scalar(self, value: Any, index: Sequence[sympy.Expr]) -> Value:
         """An operand that is a number, a SymInt, or a tensor node whose shape broadcasts to
@@ -270,13 +331,17 @@ class SymbolicReader:
         """An operand as a truth value: nonzero is True. Float tensors are allowed as reads."""
         return as_bool(self.operand(node, value, index))
 
-    def read(self, node: fx.Node, index: Index) -> sympy.Expr:
-        """The uninterpreted element ``node(index)``."""
-        function = self._functions.get(node)
+    def read(self, node: fx.Node, index: Index, writer: fx.Node | None = None) -> sympy.Expr:
+        """The uninterpreted element ``node(index)``, as `writer` left it in memory."""
+        key = (node, writer)
+        function = self._functions.get(key)
         if function is None:
-            function = sympy.Function(f"read_{node.name}", integer=True)
-            self._functions[node] = function
+            suffix = "" if writer is None else f"_after_{writer.name}"
+            function = sympy.Function(f"read_{node.name}{suffix}", integer=True)
+            self._functions[key] = function
             self.reads[function] = node
+            if writer is not None:
+                self.late.add(function)
         return function(*index)
 
     def segment(self, node: fx.Node, side: str, index: Index) -> sympy.Expr:
@@ -295,21 +360,23 @@ class SymbolicReader:
         atoms = value.atoms(AppliedUndef) if hasattr(value, "atoms") else ()
         return {self.reads[a.func] for a in atoms if a.func in self.reads}
 
-    def _evaluate(self, node: fx.Node, index: Index) -> Value:
-        name = operation(node)
+    def _evaluate(self, node: fx.Node, index: Index, writer: fx.Node | None) -> Value:
+        name = operation(node) if writer is None else functional(writer)
         handler = self._handlers.get(name) if name is not None else None
         if handler is None:
             self.reasons.setdefault(
                 node, f"{node.name} ({node.op} {node.target}) is an input or unread"
             )
-            return self._unread(node, index)
+            return self._unread(node, index, writer)
         try:
-            return handler(self, node, index)
+            return handler(self, writer or node, index)
         except NotUnderstood as reason:
             logger.debug("%s is read as it is: %s", node.name, reason)
             self.reasons.setdefault(node, f"{node.name} ({name}): {reason}")
-            return self._unread(node, index)
+            return self._unread(node, index, writer)
 
-    def _unread(self, node: fx.Node, index: Index) -> Value:
-        read = self.read(node, index)
+    def _unread(self, node: fx.Node, index: Index, writer: fx.Node | None) -> Value:
+        if writer is not None and self.mutations.written_after(node, writer):
+            raise Mutated(f"{node.name} ({node.target}) is written in place")
+        read = self.read(node, index, writer)
         return as_bool(read) if self.dtype(node) == torch.bool else read

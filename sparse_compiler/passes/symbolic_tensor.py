@@ -11,6 +11,7 @@ from sparse_compiler.passes.symbolic_reader import (
     Mutated,
     SymbolicReader,
     argument,
+    functional,
     operation,
     tensor_of,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "NotUnderstood",
     "SymbolicTensors",
     "argument",
+    "functional",
     "operation",
     "tensor_of",
 ]

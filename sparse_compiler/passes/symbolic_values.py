@@ -75,6 +75,15 @@ class Choice:
     no: Number
     exact: bool = True
 
+    @property
+    def free_symbols(self) -> set[Any]:
+        """The symbols that decide."""
+        return set(self.cond.free_symbols)
+
+    def atoms(self, *types: Any) -> set[Any]:
+        """The atoms of what decides, as sympy's."""
+        return self.cond.atoms(*types)
+
 
 Value = sympy.Expr | Boolean | Choice | float
 
@@ -305,6 +314,15 @@ def _round_number(number: Number, dtype: torch.dtype) -> Number:
     return float(torch.tensor(float(number), dtype=torch.float64).to(dtype).item())
 
 
+def _least(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+    # Unevaluated: sympy's search for simpler forms costs tens of milliseconds.
+    return left if left == right else sympy.Min(left, right, evaluate=False)
+
+
+def _greatest(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+    return left if left == right else sympy.Max(left, right, evaluate=False)
+
+
 def _index_multiply(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
     return left * right
 
@@ -313,8 +331,8 @@ _INDEX_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": _index_multiply,
-    "minimum": sympy.Min,
-    "maximum": sympy.Max,
+    "minimum": _least,
+    "maximum": _greatest,
 }
 _NUMBER_ARITHMETIC: dict[str, Callable[[Any, Any], Number]] = {
     "add": operator.add,

@@ -62,10 +62,10 @@ class AShape(Pattern):
 
     def choose_two_sided(self, request: SelectRequest) -> BlockChoice:
         visible, own = request_relation(request)
-        kept = sink_blocks(request, request.first) | local_blocks(
-            request, request.second.clamp(min=1)
-        )
-        return BlockChoice((kept & visible[:, None]) | own[:, None])
+        first, slots = request.first, range(request.heads.shape[0])
+        sinks = [(sink_blocks(request, first[s : s + 1]) & visible) | own for s in slots]
+        local = local_blocks(request, request.second.clamp(min=1)) & visible[:, None]
+        return BlockChoice(torch.stack(sinks, 1) | local)
 
     def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
         return min(1.0, 2 * (head.first + head.second + block_q) / num_keys)

@@ -19,35 +19,39 @@ _CHUNK = 1 << 24
 
 
 def sink_blocks(request: SelectRequest, count: Tensor) -> Tensor:
-    """Key blocks that hold one of the first ``count`` keys that a row block may see.
+    """Key blocks that hold one of the first ``count`` keys that a row may see.
 
     First means first of the row's interval of ``bounds``, such as its document, or of the batch
     entry's keys; a window cuts sinks rather than move them.
 
     Args:
-        count: int64 [T].
+        count: int64 [1].
     Returns:
-        bool [B, T, row blocks or 1, key blocks].
+        bool [B, row blocks or 1, key blocks].
     """
     geometry = request.geometry
     size_q, size_k = geometry.block_q, geometry.block_k
-    num_q = request.q.shape[2]
+    blocks = geometry.num_key_blocks(request.k.shape[2])
     first = request.rows[:, 3].long()[:, None]
-    last = first
-    if request.bounds is not None:
-        low = torch.maximum(request.bounds[..., 0].long(), first)
-        empty = request.bounds[..., 1].long() < low
-        pad = (0, -num_q % size_q)
-        # A row that sees nothing has no first key; a block of such rows keeps none of either kind.
-        far = geometry.num_key_blocks(request.k.shape[2]) * size_k
-        least = torch.nn.functional.pad(low.masked_fill(empty, far), pad, value=far)
-        most = torch.nn.functional.pad(low.masked_fill(empty, -1), pad, value=-1)
-        first = least.view(low.shape[0], -1, size_q).amin(-1)
-        last = most.view(low.shape[0], -1, size_q).amax(-1)
-    key = torch.arange(geometry.num_key_blocks(request.k.shape[2]), device=first.device) * size_k
-    first, last = (t[:, None, :, None] for t in (first, last))
-    stop = last + count[:, None, None]
-    return (key + size_k > first) & (key < stop)
+    if request.bounds is None:
+        start = torch.arange(blocks, device=first.device) * size_k
+        first = first[..., None]
+        return (start + size_k > first) & (start < first + count)
+    low = torch.maximum(request.bounds[..., 0].long(), first)
+    some = (request.bounds[..., 1].long() >= low) & (count > 0)
+    # One more where a row's sinks begin and one less past their end: sums are rows that want them.
+    ends = [low // size_k, (low + count - 1) // size_k + 1]
+    change = torch.zeros(
+        *(low.shape[0], geometry.num_row_blocks(low.shape[1]), blocks + 1),
+        dtype=torch.int32,
+        device=low.device,
+    )
+    for place, step in zip(ends, (1, -1), strict=True):
+        pad = (0, -low.shape[1] % size_q)
+        steps = torch.nn.functional.pad(some.to(torch.int32) * step, pad)
+        places = torch.nn.functional.pad(place.clamp(0, blocks), pad)
+        change.scatter_add_(2, *(t.unflatten(1, (-1, size_q)) for t in (places, steps)))
+    return change.cumsum(-1)[..., :blocks] > 0
 
 
 def local_blocks(request: SelectRequest, count: Tensor) -> Tensor:
@@ -82,12 +86,14 @@ def blocks_of(request: SelectRequest, columns: Tensor, diagonals: Tensor) -> Ten
     size_q, size_k = geometry.block_q, geometry.block_k
     row = torch.arange(geometry.num_row_blocks(num_q), device=columns.device) * size_q
     key = torch.arange(geometry.num_key_blocks(num_k), device=columns.device) * size_k
-    nearest = key - (row + size_q).clamp(max=num_q)[:, None] + num_q
-    farthest = (key + size_k).clamp(max=num_k) - 1 - row[:, None] + num_q - 1
     total = torch.nn.functional.pad(diagonals.cumsum(-1, dtype=torch.int32), (1, 0))
-    held = (total[:, farthest + 1] - total[:, nearest]) > 0
+    held = []
+    for part in row.split(max(1, _CHUNK // (columns.shape[0] * key.shape[0]))):
+        nearest = key - (part + size_q).clamp(max=num_q)[:, None] + num_q
+        farthest = (key + size_k).clamp(max=num_k) - 1 - part[:, None] + num_q - 1
+        held.append(total[:, farthest + 1] > total[:, nearest])
     padded = torch.nn.functional.pad(columns, (0, key.shape[0] * size_k - num_k))
-    return held | padded.view(columns.shape[0], 1, -1, size_k).any(-1)
+    return torch.cat(held, 1) | padded.view(columns.shape[0], 1, -1, size_k).any(-1)
 
 
 def spread_rows(request: SelectRequest, count: int) -> Tensor:

@@ -110,7 +110,7 @@ class VerticalSlash(Pattern):
         visible, own = request_relation(request)
         row = spread_rows(request, PROBE_ROWS)
         first = torch.full_like(request.heads[:1], FORCED_COLUMNS)
-        always = (sink_blocks(request, first)[:, 0] & visible) | own
+        always = (sink_blocks(request, first) & visible) | own
         kept = [
             blocks_of(request, *_best(request, slot, row)) & visible | always
             for slot in range(request.heads.shape[0])

@@ -187,7 +187,8 @@ def attend_plan(
         "parts": split.parts,
         "split_blocks": row_blocks - split.first if split.parts > 1 else 0,
     }
-    sizes |= operand_strides(bounds, bias, (*q.shape[:3], k.shape[2]))
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    sizes |= operand_strides(bounds, bias, shape)
     return AttendPlan(split, packed_size, lanes, needs_wide(sizes))
 
 

@@ -105,7 +105,8 @@ def density(
     """Share of the pairs allowed by the mask's band and bounds that the index covers, float32 [Hq].
 
     Counted exactly on up to 64 evenly spaced row blocks; keys hidden by padding inside the visible
-    span count as allowed, and so do rows before q_start. No host synchronisation.
+    span count as allowed, and so do rows before q_start (but not with bounds) and pairs that a bias
+    hides. No host synchronisation.
     """
     device = rows.device
     blocks = geometry.num_row_blocks(num_q)

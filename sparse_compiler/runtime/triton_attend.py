@@ -52,6 +52,8 @@ def attend_tuning(
     *,
     has_band: bool = True,
     hip: bool = False,
+    bounds: bool = False,
+    bias: str = "",
 ) -> Tuning:
     """Launch options for one kernel; measured on H200, from shared memory elsewhere.
 
@@ -60,6 +62,7 @@ def attend_tuning(
         capability: (0, 0) off CUDA.
         has_band: the index holds band slots.
         hip: an AMD device, with a third of the shared memory.
+        bounds, bias: as in ``AttendSpec``; what fits was compiled, not measured.
     """
     warps = 8 if geometry.block_q >= 128 else 4
     if dtype == torch.float32:
@@ -69,6 +72,16 @@ def attend_tuning(
         return Tuning(num_warps=8 if dim > 128 else warps, num_stages=1, step_k=32)
     if dim > 128:
         return Tuning(num_warps=8, num_stages=2, step_k=32)
+    # The lists of a band leave no registers for whole steps with bounds or a bias; a bias by pair
+    # takes as many as the logits.
+    if (bounds or bias) and capability >= (8, 0) and (has_band or capability < (9, 0)):
+        by_pair, older = bias in ("row", "distance"), capability < (9, 0)
+        return Tuning(
+            num_warps=8 if by_pair or older else warps,
+            num_stages=3 if capability[0] == 9 and geometry.left < 0 and not by_pair else 2,
+            step_k=16 if by_pair and older else 32,
+            max_registers=255 if capability[0] >= 10 else 0,
+        )
     if dim > 64 and (8, 0) <= capability < (9, 0):
         return Tuning(num_warps=warps, num_stages=2, step_k=32)  # 64 keys spill 24 bytes
     # Three stages hide the latency of gathers, but only just leave room for a second program on a

@@ -31,7 +31,7 @@ from sparse_compiler.runtime.triton_attend import (
     tma_fits,
 )
 from sparse_compiler.runtime.triton_launch import Launcher
-from sparse_compiler.runtime.triton_operands import check_bias, checked_bounds
+from sparse_compiler.runtime.triton_operands import bias_kind, check_bias, checked_bounds
 from sparse_compiler.runtime.triton_probe import (
     probe_by_head,
     probe_operands,
@@ -178,7 +178,7 @@ class TritonExecutor(Executor):
         if kv_scales is not None and k.dtype != torch.float8_e4m3fn:
             raise TensorInvalid("k and v with kv_scales", "of float8_e4m3fn", k.dtype)
         _check_blocks(geometry)
-        sizes = (*q.shape[:3], k.shape[2])
+        sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         bounds = checked_bounds(bounds, sizes)
         check_bias(bias, sizes)
         if scale < 0:
@@ -203,6 +203,8 @@ class TritonExecutor(Executor):
             capability,
             has_band=index.full.shape[1] > 0,
             hip=hip,
+            bounds=bounds is not None,
+            bias=bias_kind(bias),
         )
         more: Any = {"bounds": bounds, "bias": bias}
         step = min(tuning.step_k, geometry.block_k)

@@ -57,6 +57,8 @@ def shipped(target: str, dtype: str = "bfloat16", dim: int = 128, **fields: Any)
         CAPABILITY[target],
         has_band=has_band,
         hip=hip,
+        bounds=fields.get("bounds", False),
+        bias=fields.get("bias", ""),
     )
     fields = {"packed": has_band, "wide": False} | fields
     return AttendSpec(
@@ -89,8 +91,8 @@ EVERYTHING: dict[str, Any] = {
     "has_blocks": True,
 }
 OPERANDS: dict[str, dict[str, Any]] = {
+    "bounds": {"bounds": True},
     "bounds and key bias": {"bounds": True, "bias": "key"},
-    "row bias": {"bias": "row"},
     "distance bias": {"bias": "distance"},
 }
 SHIPPED: dict[str, Callable[[], Case]] = {
@@ -115,7 +117,15 @@ SHIPPED: dict[str, Callable[[], Case]] = {
         )
         for what, fields in OPERANDS.items()
         for target in CAPABILITY
+        if what != "bounds" or target in ("sm_80", "sm_90")
     },
+    "row bias sm_90": lambda: Case("sm_90", shipped("sm_90", bias="row")),
+    "blocks bounds and row bias sm_90": lambda: Case(
+        "sm_90", shipped("sm_90", has_band=False, has_blocks=True, bounds=True, bias="row")
+    ),
+    "everything with operands sm_90": lambda: Case(
+        "sm_90", shipped("sm_90", bounds=True, bias="row", **EVERYTHING)
+    ),
     "everything sm_90": lambda: Case("sm_90", shipped("sm_90", **EVERYTHING)),
     "fp16 D 64 sm_90": lambda: Case("sm_90", shipped("sm_90", "float16", 64)),
     "fp16 D 80 sm_90": lambda: Case("sm_90", shipped("sm_90", "float16", 80)),

@@ -19,6 +19,7 @@ from sparse_compiler.codegen import emit as emit_module
 from sparse_compiler.codegen.emit import emit
 from sparse_compiler.codegen.hopper_spec import HopperSpec
 from sparse_compiler.codegen.spec import (
+    BIAS_KINDS,
     AttendSpec,
     KernelSpec,
     ProbeSpec,
@@ -50,6 +51,17 @@ SPECS: dict[str, KernelSpec] = {
         step_k=32,
         kv_dtype="float8_e4m3fn",
         split=True,
+    ),
+    "attend_operands": AttendSpec(
+        dtype="bfloat16",
+        head_dim=128,
+        value_dim=128,
+        groups=4,
+        has_blocks=True,
+        packed=True,
+        wide=False,
+        bounds=True,
+        bias="distance",
     ),
     "attend_hopper": HopperSpec(dtype="bfloat16", head_dim=128, value_dim=128, groups=4),
     "work_list": WorkListSpec(packed=True, has_blocks=True, window=True, key_mask=True),
@@ -84,17 +96,17 @@ def test_same_spec_gives_the_same_bytes_in_another_process(name: str) -> None:
 
 
 FLAGS = ("causal", "window", "key_mask", "has_band", "has_blocks", "softcap", "tma", "interpret")
-FLAGS += ("packed", "split", "lse", "wide")
+FLAGS += ("packed", "split", "lse", "wide", "bounds")
 
 
 # An odd stride through all combinations: every pair of flags, in both values, is among them.
-@pytest.mark.parametrize("bits", range(0, 2 ** len(FLAGS), 37))
+@pytest.mark.parametrize("bits", range(0, 2 ** len(FLAGS), 89))
 def test_every_combination_is_complete_python(bits: int) -> None:
     flags: dict[str, Any] = {flag: bool(bits >> place & 1) for place, flag in enumerate(FLAGS)}
-    for step_k in (32, 64):
+    for step_k, bias in ((32, "key"), (64, ""), (32, "row"), (64, "distance")):
         sizes: dict[str, Any] = {"head_dim": 72, "value_dim": 64, "groups": 2, "step_k": step_k}
         stored = "float8_e4m3fn" if step_k == 32 else ""
-        text = emit(AttendSpec(dtype="float32", kv_dtype=stored, **sizes, **flags))
+        text = emit(AttendSpec(dtype="float32", kv_dtype=stored, bias=bias, **sizes, **flags))
         names = {
             node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
         }
@@ -128,8 +140,10 @@ def test_different_specs_give_different_texts() -> None:
         replace(base, lse=False),
         replace(base, wide=True),
         replace(base, kv_dtype="float8_e4m3fn"),
+        replace(base, bounds=True),
+        *(replace(base, bias=kind) for kind in BIAS_KINDS if kind),
     ]
-    assert len({emit(spec) for spec in [base, *others]}) == 10
+    assert len({emit(spec) for spec in [base, *others]}) == 14
 
 
 def test_a_misspelt_name_in_a_template_fails(monkeypatch: pytest.MonkeyPatch) -> None:

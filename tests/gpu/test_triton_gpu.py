@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
 from index_cases import Case, Inputs, make_inputs, make_scales
+from operand_cases import attend_plain, make_bias, make_bounds
 
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.runtime.attend_plan import Split, attend_plan
@@ -26,6 +28,7 @@ from sparse_compiler.runtime.triton_attend import (
     tma_fits,
 )
 from sparse_compiler.runtime.triton_executor import TritonExecutor
+from sparse_compiler.runtime.triton_operands import bias_kind
 
 pytestmark = [
     pytest.mark.gpu,
@@ -178,6 +181,8 @@ def launch(
     wide: bool = False,
     lse: bool = True,
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bounds: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The portable kernel with a plan of our choice; k and v may be stored in 8 bits."""
     q, k, v = (rows_contiguous(t) for t in (inputs.q, inputs.k, inputs.v))
@@ -185,12 +190,14 @@ def launch(
     hip = torch.version.hip is not None
     tma = not hip and capability >= (9, 0) and tma_fits(k) and tma_fits(v)
     dim, band = max(case.dim, case.value_dim), "band" in case.kinds
-    tuning = attend_tuning(q.dtype, dim, case.geometry, capability, has_band=band, hip=hip)
+    more = {"bounds": bounds is not None, "bias": bias_kind(bias)}
+    tuning = attend_tuning(q.dtype, dim, case.geometry, capability, has_band=band, hip=hip, **more)
     operands = (q, k, v, inputs.index, case.geometry)
     step = min(tuning.step_k, case.block_k)
-    plan = attend_plan(*operands, step, split=Split(first, parts), packed=packed)
+    given = {"bounds": bounds, "bias": bias}
+    plan = attend_plan(*operands, step, split=Split(first, parts), packed=packed, **given)
     plan = replace(plan, wide=plan.wide or wide)
-    options = {"softcap": case.softcap, "key_mask": inputs.key_mask, "plan": plan}
+    options = {"softcap": case.softcap, "key_mask": inputs.key_mask, "plan": plan, **given}
     spec = attend_spec(*operands, tuning, tma=tma, interpret=False, lse=lse, **options)
     assert (spec.split, spec.wide, spec.lse) == (parts > 1, plan.wide, lse)
     assert packed is None or spec.packed == packed
@@ -298,6 +305,79 @@ def test_eight_bit_keys_and_values(cache: KernelCache, dtype: torch.dtype, packe
     out, lse = launch(cache, case, there, packed=packed, kv_scales=moved)
     k, v = (t.float() * s[..., None, None] for t, s in zip(stored, scales, strict=True))
     check(case, inputs, out, lse, k, v)
+
+
+TWO_SIDED = replace(LONG, left=200, right=150, kinds=("blocks",) * 4)
+OPERANDS = {
+    "documents": (LONG, "documents", ""),
+    "documents_bands": (BANDS, "documents", ""),
+    "documents_window_holes": (replace(LONG, left=90, padding="holes"), "documents", ""),
+    "documents_m128": (CASES["m128"], "documents", ""),
+    "prefix": (replace(TWO_SIDED, left=-1, right=-1), "prefix", ""),
+    "two_sided": (TWO_SIDED, "", ""),
+    "two_sided_ragged_table": (TWO_SIDED, "ragged", "table"),
+    "key": (LONG, "", "key"),
+    "chunks_key_heads": (BANDS, "chunks", "key_heads"),
+    "row": (LONG, "", "row"),
+    "full_softcap": (replace(LONG, softcap=3.0), "", "full"),
+    "permuted": (BANDS, "", "permuted"),
+    "table": (BANDS, "", "table"),
+    "one_table_offset": (replace(LONG, num_q=200), "documents", "one_table"),
+    "least": (LONG, "", "least"),
+    "fp32": (CASES["fp32"], "documents", "full"),
+    "d256": (CASES["d256"], "documents", "row"),
+    "blocks_m128": (replace(CASES["m128"], kinds=("blocks",) * 4), "documents", "key"),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_bounds_and_biases_match_plain_pytorch(executor: TritonExecutor, name: str) -> None:
+    case, *kinds = OPERANDS[name]
+    inputs = make_inputs(case)
+    bounds, bias = make_bounds(case, kinds[0]), make_bias(case, kinds[1], case.dtype)
+    there = inputs.to("cuda")
+    out, lse = executor.attend(
+        there.q,
+        there.k,
+        there.v,
+        there.index,
+        case.geometry,
+        scale=case.scale,
+        softcap=case.softcap,
+        rows=there.rows,
+        key_mask=there.key_mask,
+        bounds=None if bounds is None else bounds.cuda(),
+        bias=None if bias is None else bias.cuda(),
+    )
+    want, want_lse = attend_plain(case, inputs, inputs.k, inputs.v, bounds, bias)
+    out, lse = out.cpu(), lse.cpu()
+    error = (out.double() - want).norm() / want.norm()
+    assert error < TOLERANCE[case.dtype] / 2, float(error)
+    empty = want_lse == float("-inf")
+    assert torch.equal(lse == float("-inf"), empty)
+    assert not out[empty].any()
+    counted = want_lse > -1e30
+    torch.testing.assert_close(lse[counted].double(), want_lse[counted], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kinds", [("documents", "key"), ("", "full"), ("chunks", "table")])
+def test_split_rows_with_operands(cache: KernelCache, kinds: tuple[str, str], packed: bool) -> None:
+    inputs = make_inputs(BANDS)
+    bounds, bias = make_bounds(BANDS, kinds[0]), make_bias(BANDS, kinds[1], BANDS.dtype)
+    operands: dict[str, Any] = {
+        "bounds": None if bounds is None else bounds.cuda().expand(BANDS.batch, -1, -1),
+        "bias": None if bias is None else bias.cuda(),
+    }
+    out, lse = launch(
+        cache, BANDS, inputs.to("cuda"), parts=3, wide=True, packed=packed, **operands
+    )
+    want, want_lse = attend_plain(BANDS, inputs, inputs.k, inputs.v, bounds, bias)
+    error = (out.cpu().double() - want).norm() / want.norm()
+    assert error < TOLERANCE[BANDS.dtype] / 2, float(error)
+    finite = want_lse.isfinite()
+    assert torch.equal(lse.cpu().isfinite(), finite)
+    torch.testing.assert_close(lse.cpu()[finite].double(), want_lse[finite], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("parts", [2, 7])

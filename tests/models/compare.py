@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
-import sparse_compiler
 import torch
 import zoo
 import zoo_extra
 from graph_facts import attention_like, pair_tensors
-from sparse_compiler import models
-from sparse_compiler.integrations.transformers import _choose
-from sparse_compiler.ir.report import Report
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
+
+import sparse_compiler
+from sparse_compiler import models
+from sparse_compiler.integrations.transformers import _choose
+from sparse_compiler.ir.report import Report
 
 __all__ = ["SCENARIOS", "Row", "applies", "compare", "is_extra"]
 
@@ -226,7 +227,7 @@ def _output(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
             tensor = getattr(output, name)
             break
     else:
-        plain = list(output.values()) if hasattr(output, "values") else output
+        plain = list(output.values()) if isinstance(output, Mapping) else output
         tensor = next(t for t in tree_leaves(plain) if isinstance(t, torch.Tensor))
     tensor = tensor.detach().float()
     if mask is not None and tensor.dim() >= 2 and tensor.shape[1] == mask.shape[1]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from shrink import HIDDEN, VOCAB
-from sparse_compiler.ir.report import Report
 from torch import fx
+
+from sparse_compiler.ir.report import Report
 
 __all__ = ["attention_like", "pair_tensors"]
 

@@ -121,11 +121,11 @@ def shrink(defaults: Mapping[str, Any]) -> dict[str, Any]:
     if "head_dim" in small and "qk_rope_head_dim" in small:
         small["head_dim"] = small["qk_rope_head_dim"]
     kinds = set(small.get("layer_types") or ())
-    if len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}:
-        if isinstance(small.get("sliding_window"), int):
-            if "use_sliding_window" in defaults:
-                small["use_sliding_window"] = True
-            small["layer_types"] = ["full_attention", "sliding_attention"]
+    windowed = isinstance(small.get("sliding_window"), int)
+    if windowed and len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}:
+        small["layer_types"] = ["full_attention", "sliding_attention"]
+        if "use_sliding_window" in defaults:
+            small["use_sliding_window"] = True
     return small
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from shrink import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, shrink
+from shrink import VOCAB, shrink
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -21,6 +21,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    # 8 prompt tokens stand before the input: they must fit into the cache as well.
+    "cpmant": {"prompt_length": 8, "prompt_types": 8},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": _HYBRID},

@@ -9,17 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import Limits, SelectRequest
 from sparse_compiler.patterns.relation import block_relation
 from sparse_compiler.patterns.two_sided import spread_rows
 from sparse_compiler.patterns.visible import bias_of_rows, row_intervals
 from sparse_compiler.runtime import recorder
+from sparse_compiler.runtime.merge import with_sinks
+from sparse_compiler.runtime.probe import probe_torch
 from sparse_compiler.runtime.reference import allowed_pairs, covered_pairs, pair_bias
-from sparse_compiler.runtime.select import default_rows
-from sparse_compiler.testing import random_qkv, sparse_attention
+from sparse_compiler.runtime.select import default_rows, select_index, summarize
+from sparse_compiler.testing import parameters, random_qkv, sparse_attention
 
 A_SHAPE = HeadPattern("a_shape", 5, 20)
 SLASH = HeadPattern("vertical_slash", 36, 205)
@@ -189,7 +193,9 @@ def test_a_nan_key_is_never_skipped(head: HeadPattern, documents: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["full", "one for all", "keys", "table"])
-@pytest.mark.parametrize("head", [SLASH, BLOCKS], ids=lambda head: head.name)
+@pytest.mark.parametrize(
+    "head", [SLASH, HeadPattern("block_sparse", 3)], ids=lambda head: head.name
+)
 def test_a_bias_draws_the_choice_to_the_keys_that_it_favours(head: HeadPattern, form: str) -> None:
     call = Call((head, head), 512, 512)
     q, k, v = call.qkv()
@@ -223,8 +229,6 @@ def test_a_head_chooses_the_same_whatever_its_neighbours_do(call: Call) -> None:
 
 
 def test_probe_rows_are_spread_over_rows_that_are_no_padding() -> None:
-    from sparse_compiler.patterns.base import Limits, SelectRequest
-
     rows = torch.tensor([[0, 100, 0, 30, 70], [10, 80, 0, 0, 100], [0, 0, 0, 0, 0]]).int()
     none = torch.zeros(0, dtype=torch.int64)
     tensors = [torch.zeros(3, 1, 100, 8)] * 3
@@ -239,6 +243,45 @@ def test_probe_rows_are_spread_over_rows_that_are_no_padding() -> None:
     assert found[1].tolist()[::63] == [10, 89]
     assert (found[:2].diff() >= 0).all()
     assert ((found >= 0) & (found < 100)).all()
+
+
+@pytest.mark.parametrize("bias_shape", [(1, 4, 300, 300), (1, 1, 1, 300), (4, 599)])
+@pytest.mark.parametrize("right", [-1, 0])
+def test_nothing_waits_for_the_device(bias_shape: tuple[int, ...], right: int) -> None:
+    """Fake tensors have no values: whoever asks for one, or for a shape that depends on one, fails."""
+    call = Call(ALL, right=right, documents=3)
+    params = parameters(ALL, causal=False)
+    numbers, limits = [registry.get(head.name).number for head in ALL], [40, 210, -1]
+    real, spans = call.qkv(), call.bounds()
+    assert spans is not None
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        q, k, v = (mode.from_tensor(t) for t in real)
+        bounds, bias = mode.from_tensor(spans), torch.zeros(bias_shape)
+        rows, none = torch.zeros(1, 5, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
+        mask = torch.ones(1, 300, dtype=torch.bool)
+        request = SelectRequest(
+            *(q, k, summarize(k, rows, mask, 16), none, none, none, call.geometry, rows, mask),
+            scale=0.25,
+            limits=Limits(*limits),
+            probe=lambda *_: (none, none),
+            bounds=bounds,
+            bias=bias,
+        )
+        index = select_index(request, mode.from_tensor(params), numbers, [0, 4], limits, -1.0)
+        share = recorder.density(index, call.geometry, rows, 300, 300, bounds)
+        columns, _ = probe_torch(
+            *(q, k, torch.zeros(2, dtype=torch.int64), none.new_zeros(1), call.geometry),
+            scale=0.25,
+            rows=rows,
+            key_mask=mask,
+            num_rows=64,
+            bounds=bounds,
+            bias=bias,
+        )
+        out, lse = with_sinks(v.expand(1, 4, -1, -1), v[..., 0].expand(1, 4, -1), torch.zeros(4))
+    assert index.blocks.shape == (1, 4, 10, 19)
+    assert (share.shape, columns.shape) == ((4,), (1, 2, 300))
+    assert (out.shape, lse.shape) == ((1, 4, 300, 16), (1, 4, 300))
 
 
 @given(call=calls, hidden=st.booleans())

@@ -26,7 +26,7 @@ TWO = replace(BASE, batch=2, spread=0.3)
 BAND = replace(BASE, heads=2, kinds=("band",) * 2, spread=0.5)
 LISTED = replace(TWO, kinds=("blocks",) * 3, block_q=16)
 GROUPS = replace(BASE, heads=4, kv_heads=2, kinds=("blocks", "band", "band", "blocks"), spread=0.3)
-LONG = replace(BAND, num_q=200, num_k=200, block_q=16)
+LONG = replace(BAND, num_q=150, num_k=150)
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,15 @@ CASES = {
     "documents_long": _chosen(LONG, "documents"),
     "documents_window": _chosen(replace(TWO, left=17), "documents"),
     "documents_holes": _chosen(replace(TWO, padding="holes"), "documents"),
-    "documents_left": _chosen(replace(TWO, padding="left"), "documents"),
     "documents_ragged_rows": _chosen(replace(TWO, padding="ragged"), "documents"),
     "documents_softcap": _chosen(replace(GROUPS, softcap=2.0), "documents"),
     "documents_offset": _chosen(replace(TWO, num_q=50, num_k=170), "documents"),
-    "chunks": _chosen(GROUPS, "chunks"),
     "chunks_both_ways": _chosen(replace(LISTED, right=-1), "chunks"),
     "prefix": _chosen(replace(LISTED, right=-1), "prefix"),
     "ragged": _chosen(replace(TWO, right=-1), "ragged"),
-    "ragged_blocks": _chosen(replace(LISTED, right=-1, padding="holes"), "ragged"),
+    "ragged_holes": _chosen(replace(LISTED, right=-1, padding="holes"), "ragged"),
     "two_sided": _chosen(replace(LISTED, left=30, right=20)),
+    "lookahead": _chosen(replace(LISTED, right=9)),
     "two_sided_documents": _chosen(replace(LISTED, left=30, right=20), "documents"),
     "lookahead_documents": _chosen(replace(LISTED, right=9), "documents", "key"),
     "two_sided_table": _chosen(replace(LISTED, left=30, right=20), "ragged", "table"),
@@ -98,17 +97,20 @@ for _name, _more in {
     "packed": {"packed": True},
     "split": {"packed": False, "parts": 3},
     "packed_split": {"packed": True, "parts": 3, "first": 2},
-    "wide": {"packed": True, "wide": True, "parts": 2},
 }.items():
     CASES |= {
         f"{_name}_documents": Operands(LONG, bounds="documents", **_more),
         f"{_name}_window_key": Operands(
-            replace(LONG, left=40, batch=2, padding="holes"), bounds="chunks", bias="key", **_more
+            replace(BAND, left=40, batch=2, padding="holes"), bounds="chunks", bias="key", **_more
         ),
-        f"{_name}_row": Operands(replace(BAND, softcap=2.0), bias="row", **_more),
-        f"{_name}_table": Operands(GROUPS, bounds="ragged", bias="table", **_more),
+        f"{_name}_ragged_table": Operands(GROUPS, bounds="ragged", bias="table", **_more),
     }
 CASES |= {
+    "packed_softcap_row": Operands(replace(BAND, softcap=2.0), bias="row", packed=True),
+    "wide_row": Operands(
+        replace(TWO, softcap=2.0), bounds="chunks", bias="row", wide=True, packed=True
+    ),
+    "wide_table_split": Operands(GROUPS, bias="table", wide=True, parts=2),
     "fp8": Operands(replace(TWO, dtype=torch.float16), bounds="documents", bias="row", stored=FP8),
     "fp8_packed": Operands(BAND, bounds="chunks", bias="key", stored=FP8, packed=True, lse=False),
 }

@@ -110,6 +110,6 @@ def attend_plain(
     if bias is not None:
         logits = logits + by_pair(case, bias)
     logits = logits.masked_fill(~seen, float("-inf"))
-    lse = logits.logsumexp(-1)
-    weights = torch.exp(logits - torch.where(lse == float("-inf"), 0.0, lse)[..., None])
-    return weights @ values, lse
+    empty = (logits == float("-inf")).all(-1, keepdim=True)
+    weights = torch.where(empty, 0.0, logits.softmax(-1))
+    return weights @ values, logits.logsumexp(-1)
