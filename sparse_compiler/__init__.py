@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from sparse_compiler.backend import minference
     from sparse_compiler.explanation import explain
     from sparse_compiler.integrations.transformers import compile, restore
+    from sparse_compiler.rewriting import rewrite
     from sparse_compiler.site_stats import stats
 
-__all__ = ["__version__", "compile", "explain", "minference", "restore", "stats"]
+__all__ = ["__version__", "compile", "explain", "minference", "restore", "rewrite", "stats"]
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOMES = {
     "explain": "sparse_compiler.explanation",
     "minference": "sparse_compiler.backend",
     "restore": "sparse_compiler.integrations.transformers",
+    "rewrite": "sparse_compiler.rewriting",
     "stats": "sparse_compiler.site_stats",
 }
 

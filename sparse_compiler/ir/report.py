@@ -25,6 +25,9 @@ class Code(StrEnum):
     OPAQUE = "OPAQUE"  # one call that holds a whole attention layer, used in a way that keeps it closed
     FLEX = "FLEX"  # flex_attention whose functions or block lists cannot be read
     MASK_UNKNOWN = "MASK_UNKNOWN"  # the mask's producers were not understood
+    # The mask is an input: pass a 2-D padding mask, or remove the graph break
+    # (TORCH_LOGS=graph_breaks).
+    MASK_INPUT = "MASK_INPUT"
     MASK_REFUTED = "MASK_REFUTED"  # understood, and not a mask that the executors know
     DROPOUT = "DROPOUT"  # dropout is active: call model.eval()
     RANK = "RANK"  # q, k, v are not [B, heads, L, D]

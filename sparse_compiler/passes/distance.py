@@ -21,7 +21,7 @@ from torch import fx
 from sparse_compiler.passes.form import Axes, Element
 from sparse_compiler.passes.grid import Emitter, call
 from sparse_compiler.passes.symbolic_elementwise import ELEMENTWISE
-from sparse_compiler.passes.symbolic_reader import IN_PLACE
+from sparse_compiler.passes.symbolic_reader import IN_PLACE, maker
 from sparse_compiler.passes.symbolic_tensor import (
     Index,
     NotUnderstood,
@@ -90,18 +90,18 @@ def trace(
     if not _reads(value):
         return Leaf(value, node)
     writer = tensors.writer(node, moment)
-    made_by = writer or node
-    name = (operation(node) if writer is None else functional(writer)) or ""
+    made_by, operator_name = maker(node, writer)
+    name = operator_name or ""
     try:
         with tensors.reading(made_by, moment):
-            if writer is None and name in VIEWS:
+            if made_by is node and name in VIEWS:
                 source, place = VIEWS[name](tensors, node, index)
                 return trace(tensors, source, place, tensors.moment(source, made_by, moment))
             if _is_pointwise(made_by, name):
                 return _apply(tensors, node, made_by, index, moment)
     except NotUnderstood:
         pass
-    if writer is None:
+    if made_by is node:
         found = _lookup(tensors, node, name, index, moment)
         if found is not None:
             return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections import Counter
@@ -21,11 +20,12 @@ from sparse_compiler.passes.choose_pattern import choose_pattern
 from sparse_compiler.passes.context import PassContext
 from sparse_compiler.passes.expand import expand_composites
 from sparse_compiler.passes.find_attention import find_attention
+from sparse_compiler.passes.flex import forget_flex, read_flex
 from sparse_compiler.passes.prove_masks import prove_masks
 from sparse_compiler.passes.purity import is_collective, is_mutating
 from sparse_compiler.passes.rewrite_sparse import rewrite_sparse
 
-__all__ = ["PIPELINE", "Pass", "run_pipeline"]
+__all__ = ["PIPELINE", "Pass", "copied", "run_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,13 @@ class Pass:
 
 PIPELINE: tuple[Pass, ...] = (
     Pass(expand_composites, frozenset(), frozenset({"opened"}), edits=True),
-    Pass(canonicalize, frozenset({"opened"}), frozenset({"forms"})),
+    Pass(read_flex, frozenset({"opened"}), frozenset({"flex"}), edits=True),
+    Pass(canonicalize, frozenset({"opened", "flex"}), frozenset({"forms"})),
     Pass(find_attention, frozenset({"forms"}), frozenset({"sites"})),
     Pass(prove_masks, frozenset({"sites"}), frozenset({"proofs"})),
     Pass(choose_pattern, frozenset({"sites", "proofs"}), frozenset({"decisions"})),
     Pass(rewrite_sparse, frozenset({"decisions"}), frozenset({"rewritten"}), edits=True),
+    Pass(forget_flex, frozenset({"flex", "rewritten"}), frozenset(), edits=True),
 )
 
 
@@ -81,7 +83,7 @@ def run_pipeline(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
         GraphInvariantBroken: a pass broke a promise (a bug of the pass).
     """
     if ctx.config.dryrun:
-        gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        gm = copied(gm)
     checking = check_invariants()
     for stage in PIPELINE:
         name = stage.run.__name__
@@ -97,6 +99,19 @@ def run_pipeline(gm: fx.GraphModule, ctx: PassContext) -> fx.GraphModule:
         if ctx.keep_graphs:
             ctx.report.graphs[name] = str(gm.graph)
     return gm
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module with a graph of its own and the same tensors and submodules."""
+    graph = fx.Graph()
+    found: Any = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if found is not None:
+        values, old = found
+        graph.output(values).meta.update(old.meta)
+    graph.set_codegen(gm.graph._codegen)
+    made = fx.GraphModule(gm, graph)
+    made.meta.update(gm.meta)
+    return made
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 
 from torch import fx
 
+from sparse_compiler.passes.flex import match_flex
 from sparse_compiler.passes.form import AttentionForm
 from sparse_compiler.passes.opaque import match_opaque
 from sparse_compiler.passes.sdpa import match_sdpa
@@ -27,7 +28,7 @@ ENTRY_POINT_GROUP = "sparse_compiler.matchers"
 
 Matcher = Callable[[fx.Node, SymbolicTensors], AttentionForm | None]
 
-_BUILT_IN: tuple[Matcher, ...] = (match_opaque, match_sdpa, match_softmax_chain)
+_BUILT_IN: tuple[Matcher, ...] = (match_opaque, match_flex, match_sdpa, match_softmax_chain)
 _added: list[Matcher] = []
 _loaded = False
 

@@ -246,11 +246,14 @@ class _Proof:
         back = {symbol: read for read, symbol in reads.items()}
         if not private:
             band = find_band(decider, pred, self.rows, self.keys)
-            if isinstance(band, Band):
+            if isinstance(band, Band) and not _reads_width(band, back):
                 return MaskFact(_renamed(band, back), padding)
-            if band.reason == NotABand.EMPTY:
+            if isinstance(band, NotABand) and band.reason == NotABand.EMPTY:
                 return self._refused(band)
-        found = find_interval(decider, decider.set_of(pred), self.rows, self.keys, private)
+        visible = decider.set_of(pred)
+        found = find_interval(decider, visible, self.rows, self.keys, private)
+        if not isinstance(found, NoInterval) and _reads_width(found.band, back):
+            found = find_interval(decider, visible, self.rows, self.keys, frozenset(back) | private)
         if isinstance(found, NoInterval):
             return self._refused(found)
         low, high = (e if e is None else rewrite(e, back.get) for e in (found.low, found.high))
@@ -280,6 +283,12 @@ def _outer_reads(value: Any) -> list[Any]:
     if isinstance(value, AppliedUndef):
         return [value]
     return list(dict.fromkeys(r for arg in value.args for r in _outer_reads(arg)))
+
+
+def _reads_width(band: Band, back: dict[sympy.Symbol, Any]) -> bool:
+    """Whether a band's width, not just its place, is a number that only the run knows."""
+    sides = (side for side in (band.left, band.right) if isinstance(side, sympy.Expr))
+    return any(side.free_symbols & back.keys() for side in sides)
 
 
 def _renamed(band: Band, back: dict[sympy.Symbol, Any]) -> Band:

@@ -10,9 +10,14 @@ from sparse_compiler.ir.mask import Band, MaskFact, Proved, Refuted, Unknown
 from sparse_compiler.ir.report import Code, PassReport
 from sparse_compiler.passes.context import PassContext
 from sparse_compiler.passes.form import AttentionForm
+from sparse_compiler.passes.given_masks import is_mask_input, rests_on_given
 from sparse_compiler.passes.prove_mask import MaskProver
 
 __all__ = ["prove_masks"]
+
+_INPUT = (
+    "; pass a 2-D padding mask, or remove the graph break before it (TORCH_LOGS=graph_breaks shows it)"
+)
 
 
 def prove_masks(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
@@ -44,10 +49,15 @@ def prove_masks(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
             continue
         if isinstance(proof, Proved):
             state.report.mask = proof.fact.describe()
+            if rests_on_given(t.where.node for t in form.terms):
+                state.report.mask += " (proved before a graph break)"
         else:
             state.report.mask = f"not proved: {proof.reason}"
             refuted = isinstance(proof, Refuted)
             witness = f"; e.g. {proof.witness}" if refuted and proof.witness else ""
-            code = Code.MASK_REFUTED if refuted else Code.MASK_UNKNOWN
+            if not refuted and is_mask_input(form, prover.tensors):
+                code, witness = Code.MASK_INPUT, _INPUT
+            else:
+                code = Code.MASK_REFUTED if refuted else Code.MASK_UNKNOWN
             state.fail(code, proof.reason + witness)
     return PassReport("prove_masks", touched=touched)

@@ -18,7 +18,7 @@ from sparse_compiler.passes.symbolic_reader import Index, tensor_of
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 from sparse_compiler.passes.symbolic_values import floor_divide
 
-__all__ = ["is_sdpa", "match_sdpa", "sdpa_arguments"]
+__all__ = ["is_sdpa", "match_sdpa", "sdpa_arguments", "sdpa_form"]
 
 
 def _signature(
@@ -60,14 +60,21 @@ def match_sdpa(node: fx.Node, tensors: SymbolicTensors) -> AttentionForm | None:
     given = sdpa_arguments(node)
     operands = [given[name] for name in ("query", "key", "value")]
     if not all(isinstance(o, fx.Node) and tensor_of(o) is not None for o in operands):
-        return unread_form(node, node, tensors, (Code.SHAPES, "the graph does not say what q, k and v are"))
+        return unread_form(
+            node, node, tensors, (Code.SHAPES, "the graph does not say what q, k and v are")
+        )
     try:
-        return _form(node, given, tensors)
+        return sdpa_form(node, given, tensors)
     except NotUnderstood as reason:
         return unread_form(node, node, tensors, (Code.SHAPES, str(reason)))
 
 
-def _form(node: fx.Node, given: dict[str, Any], tensors: SymbolicTensors) -> AttentionForm:
+def sdpa_form(node: fx.Node, given: dict[str, Any], tensors: SymbolicTensors) -> AttentionForm:
+    """The form of the attention that ``node`` holds, called with SDPA's arguments ``given``.
+
+    Raises:
+        NotUnderstood: its shapes say too little.
+    """
     query, key, value = (given[name] for name in ("query", "key", "value"))
     shape = tensors.shape(node)
     keys = tensors.shape(key)

@@ -56,9 +56,14 @@ def size_node(graph: fx.Graph, size: Any) -> Any:
 
 def _call(graph: fx.Graph, operation: Any, left: Any, right: Any) -> fx.Node:
     node = graph.call_function(operation, (left, right))
-    values = (v.meta.get("example_value") if isinstance(v, fx.Node) else v for v in (left, right))
-    node.meta["example_value"] = operation(*values)
+    node.meta["example_value"] = operation(_value(left), _value(right))
     return node
+
+
+def _value(size: Any) -> Any:
+    if not isinstance(size, fx.Node):
+        return size
+    return size.meta.get("example_value", size.meta.get("val"))
 
 
 def _symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:

@@ -25,6 +25,7 @@ from sparse_compiler.passes.presburger import Decider, Domain, Undecidable
 from sparse_compiler.passes.symbolic_values import NotUnderstood, Value, as_bool
 
 __all__ = [
+    "GIVEN",
     "IN_PLACE",
     "Evaluate",
     "Index",
@@ -32,6 +33,7 @@ __all__ = [
     "SymbolicReader",
     "argument",
     "functional",
+    "maker",
     "operation",
     "size_expr",
     "tensor_of",
@@ -39,6 +41,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+GIVEN = "sparse_compiler_given"
+"""Key of ``node.meta`` of an input that the caller has told about (`passes.given_masks`)."""
 Index = tuple[sympy.Expr, ...]
 Evaluate = Callable[["SymbolicReader", fx.Node, Index], Value]
 
@@ -107,6 +111,15 @@ IN_PLACE: dict[str, str] = {
     for name in _IN_PLACE
     for spelling in (f"i{name.rstrip('_')}", f"__i{name.rstrip('_')}__")
 }
+
+
+def maker(node: fx.Node, writer: fx.Node | None) -> tuple[fx.Node, str | None]:
+    """The node that computed what `node` holds after `writer` wrote to its memory, and the
+    operation, as one that writes nothing.
+    """
+    if writer is None or not _covers(writer, node):
+        return node, operation(node)
+    return writer, functional(writer)
 
 
 def _covers(writer: fx.Node, node: fx.Node) -> bool:
@@ -265,7 +278,7 @@ class SymbolicReader:
         key = (node, place, writer)
         known = self._memo.get(key)
         if known is None:
-            with self.reading(writer or node, moment):
+            with self.reading(maker(node, writer)[0], moment):
                 known = self._memo[key] = self._evaluate(node, place, writer)
         return known
 
@@ -293,7 +306,14 @@ class SymbolicReader:
         writer = self.mutations.last_write(node, moment)
         if writer is None:
             return None
-        if not _covers(writer, node) or functional(writer) not in self._handlers:
+        if _covers(writer, node):
+            known = functional(writer) in self._handlers
+        else:
+            first = node.args[0] if node.args else None
+            # A view of memory that was written shows what its source holds.
+            known = isinstance(first, fx.Node) and self.mutations.same_memory(first, node)
+            known = known and not self.mutations.writes(node)
+        if not known:
             raise problem
         return writer
 
@@ -361,7 +381,9 @@ class SymbolicReader:
         return {self.reads[a.func] for a in atoms if a.func in self.reads}
 
     def _evaluate(self, node: fx.Node, index: Index, writer: fx.Node | None) -> Value:
-        name = operation(node) if writer is None else functional(writer)
+        if writer is None and GIVEN in node.meta:
+            return node.meta[GIVEN].element(self, node, index)
+        made_by, name = maker(node, writer)
         handler = self._handlers.get(name) if name is not None else None
         if handler is None:
             self.reasons.setdefault(
@@ -369,7 +391,7 @@ class SymbolicReader:
             )
             return self._unread(node, index, writer)
         try:
-            return handler(self, writer or node, index)
+            return handler(self, made_by, index)
         except NotUnderstood as reason:
             logger.debug("%s is read as it is: %s", node.name, reason)
             self.reasons.setdefault(node, f"{node.name} ({name}): {reason}")

@@ -316,11 +316,17 @@ def _round_number(number: Number, dtype: torch.dtype) -> Number:
 
 def _least(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
     # Unevaluated: sympy's search for simpler forms costs tens of milliseconds.
-    return left if left == right else sympy.Min(left, right, evaluate=False)
+    if left == right:
+        return left
+    plain = left.is_Integer and right.is_Integer
+    return min(left, right) if plain else sympy.Min(left, right, evaluate=False)
 
 
 def _greatest(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
-    return left if left == right else sympy.Max(left, right, evaluate=False)
+    if left == right:
+        return left
+    plain = left.is_Integer and right.is_Integer
+    return max(left, right) if plain else sympy.Max(left, right, evaluate=False)
 
 
 def _index_multiply(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:

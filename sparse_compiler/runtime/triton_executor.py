@@ -254,6 +254,9 @@ class TritonExecutor(Executor):
         """As ``Executor.probe``; with bounds or a bias in PyTorch operations, not by our kernels."""
         self._check(q, k, k, 0.0)
         if bounds is not None or bias is not None:
+            sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+            bounds = checked_bounds(bounds, sizes)
+            check_bias(bias, sizes)
             return probe_torch(
                 q,
                 k,

@@ -124,16 +124,16 @@ def _fill(row: Row) -> None:
     if stock is None:
         return
     torch._dynamo.reset()
-    try:
-        with _recorded() as records:
+    with _recorded() as records:
+        try:
             run = _prepared(row, _ours_inductor if row.scenario == "inductor" else _ours)
             ours = run() if run else []
-    except Exception as problem:  # noqa: BLE001
-        row.state, row.error = "crash", _describe(problem)
-        return
-    finally:
-        _read(row, records)
-        torch._dynamo.reset()
+        except Exception as problem:  # noqa: BLE001
+            row.state, row.error = "crash", _describe(problem)
+            return
+        finally:
+            _read(row, records)
+            torch._dynamo.reset()
     row.missed = max(0, row.missed - len(row.sites))
     row.difference = _difference(stock, ours, row)
     if row.difference is None or not row.difference <= TOLERANCE:

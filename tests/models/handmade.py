@@ -39,13 +39,14 @@ class Attention(nn.Module):
 
     def __init__(self, core: Core, kv_heads: int = HEADS, masked: bool = False) -> None:
         super().__init__()
-        self.core, self.masked, self.kv_heads = core, masked, kv_heads
+        self.core, self.masked = core, masked
         self.layers = nn.ModuleList(_Layer(kv_heads) for _ in range(2))
         self.sinks = nn.Parameter(torch.zeros(HEADS))
         self.table = nn.Embedding(32, HEADS)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:
+            assert isinstance(layer, _Layer)
             q, k, v = layer.split(x)
             extra = (attention_mask,) if self.masked else ()
             heads = self.core(q, k, v, self, *extra)
@@ -54,6 +55,10 @@ class Attention(nn.Module):
 
 
 class _Layer(nn.Module):
+    """Projections of one layer, and heads out of them."""
+
+    kv_heads: int
+
     def __init__(self, kv_heads: int) -> None:
         super().__init__()
         self.kv_heads = kv_heads

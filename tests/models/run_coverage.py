@@ -149,17 +149,31 @@ def _run(
         def cover(name: str) -> None:
             left = todo[name]
             while left:
-                left = left[_one_process(name, left, arguments.limit, keep) :]
+                left = left[one_process(_command(name, left), name, left, arguments.limit, keep) :]
 
         for outcome in [pool.submit(cover, name) for name in todo]:
             outcome.result()
 
 
-def _one_process(
-    name: str, scenarios: list[str], limit: float, keep: Callable[[dict[str, Any]], None]
+def _command(name: str, scenarios: list[str]) -> list[str]:
+    return [sys.executable, __file__, "--worker", name, "--scenario", ",".join(scenarios)]
+
+
+def one_process(
+    command: list[str],
+    name: str,
+    scenarios: list[str],
+    limit: float,
+    keep: Callable[[dict[str, Any]], None],
 ) -> int:
-    """Run scenarios in one process until it ends; rows given to ``keep``, at least one."""
-    command = [sys.executable, __file__, "--worker", name, "--scenario", ",".join(scenarios)]
+    """Run scenarios in one process until it ends or one takes longer than ``limit`` seconds.
+
+    Args:
+        command: prints a line for each start and each row, as ``--worker`` does.
+        keep: is given each row; the row of a scenario whose process ended says so.
+    Returns:
+        How many scenarios are settled, at least one.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

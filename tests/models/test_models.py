@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +16,11 @@ import torch
 import zoo
 import zoo_extra
 from compare import SCENARIOS, Row, applies, compare
+from coverage_table import render
 from handmade import MODULES
 from models_to_cover import THIRTY, plan
+from run_coverage import latest, one_process, read
+
 from sparse_compiler.ir.report import Code
 from sparse_compiler.runtime import cpu_executor
 
@@ -129,3 +135,48 @@ def test_every_architecture_is_planned_once() -> None:
 def test_unknown_names_end_the_plan() -> None:
     with pytest.raises(SystemExit, match="no_such_model"):
         plan("no_such_model")
+
+
+WORKER = """
+import json, os, sys, time
+print('@start batch1'); print('@row ' + json.dumps({'name': 'x', 'scenario': 'batch1', 'state': 'ok'}))
+print('@start ones', flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "state", "text"),
+    [
+        ("sys.stderr.write('gone'); sys.stderr.flush(); os._exit(3)", "crash", "status 3: gone"),
+        ("time.sleep(60)", "timeout", "more than 1 s"),
+    ],
+)
+def test_a_lost_process_costs_one_row(ending: str, state: str, text: str) -> None:
+    rows: list[dict[str, Any]] = []
+    command = [sys.executable, "-c", WORKER + ending]
+    settled = one_process(command, "x", ["batch1", "ones", "generate"], 1.0, rows.append)
+    assert settled == 2
+    assert [row["state"] for row in rows] == ["ok", state]
+    assert text in rows[1]["error"]
+
+
+def test_a_cut_off_line_is_left_out_and_the_newest_row_counts(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    old, new = Row("x", "ones", "crash").as_dict(), Row("x", "ones").as_dict()
+    path.write_text(f"{json.dumps(old)}\n{json.dumps(new)}\n{{'cut", encoding="utf-8")
+    assert [row["state"] for row in latest(read(path))] == ["ok"]
+
+
+def test_table_counts_sites_and_names_what_differs() -> None:
+    site = {"layer": "a", "decision": "rewritten", "code": "", "reason": "", "mask": ""}
+    kept = {**site, "decision": "declined", "code": "RANK", "reason": "ranks [3, 3, 3]"}
+    rows = [
+        Row("llama", "batch1", difference=0.0, sites=[site, kept], missed=1).as_dict(),
+        Row("gpt2", "ones", "mismatch", 0.5, sites=[site]).as_dict(),
+        Row("opt", "ones", "stock_fails", error="boom").as_dict(),
+    ]
+    text = render(rows)
+    assert "| llama | 2 | 1 | 1 RANK | 1 |" in text
+    assert "gpt2 (ones): difference 0.5" in text
+    assert "0 have all prefill sites rewritten" in text  # gpt2's is, but the result differs
+    assert "opt (ones): boom" in text

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from shrink import VOCAB, shrink
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -195,28 +196,37 @@ def _assistant_inputs(
 
 
 def _check(only: str) -> int:
-    """Builds and runs every model; prints seconds, millions of weights and the spread of logits."""
+    """Builds and runs every model; prints seconds, weights, the spread of the output.
+
+    Returns:
+        How many failed.
+    """
+    import zoo_extra  # it imports this module
+
     failed = 0
-    for name in only.split(",") if only else names():
+    for name in only.split(",") if only else [*names(), *zoo_extra.names()]:
+        home: Any = zoo_extra if "/" in name else sys.modules[__name__]
         started = time.perf_counter()
         try:
-            model = build(name)
+            model = home.build(name)
             with torch.no_grad():
-                output = model(**inputs(name, "batch1", 48))
+                output = model(**home.inputs(name, "batch1", 48))
         except Exception as problem:  # noqa: BLE001 - whatever a model raises is its row
             failed += 1
-            print(f"{name:28s} FAILED {type(problem).__name__}: {str(problem).splitlines()[0]}")
+            text = " ".join(str(problem).split())[:150]
+            print(f"{name:28s} FAILED {type(problem).__name__}: {text}", flush=True)
             continue
-        logits = output.logits if hasattr(output, "logits") else output[0]
-        state = "ok" if torch.isfinite(logits).all() else "NOT FINITE"
-        weights = sum(p.numel() for p in model.parameters()) / 1e6
+        plain = list(output.values()) if isinstance(output, Mapping) else output
+        tensor = next(t for t in tree_leaves(plain) if isinstance(t, torch.Tensor))
+        state = "ok" if torch.isfinite(tensor).all() else "NOT FINITE"
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        kind = getattr(getattr(model, "config", None), "_attn_implementation", "")
         seconds = time.perf_counter() - started
-        kind = getattr(model.config, "_attn_implementation", "")
         print(
-            f"{name:28s} {state} {seconds:.2f} s {weights:.2f} M {logits.std():.3g} {kind}",
+            f"{name:28s} {state} {seconds:.2f} s {size:.2f} M {float(tensor.std(correction=0)):.3g} {kind}",
             flush=True,
         )
-    print(*(f"{name}: {why}" for name, why in UNBUILDABLE.items()), sep="\n")
+    print(*(f"{name}: not built, {why}" for name, why in UNBUILDABLE.items()), sep="\n")
     return failed
 
 

@@ -14,10 +14,72 @@ from zoo import LENGTH, PADDED, finish, instantiate, shrunken
 
 __all__ = ["build", "inputs", "names"]
 
-_ENCODERS = ["albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "fnet", "funnel", "ibert", "layoutlm", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer", "roberta", "squeezebert", "xlm-roberta", "yoso"]
-_SEQ2SEQ = ["bart", "bigbird_pegasus", "fsmt", "led", "longt5", "m2m_100", "mbart", "mt5", "pegasus_x", "switch_transformers", "t5", "t5gemma", "umt5"]
-_VISION = ["beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2", "dinov3_vit", "ijepa", "segformer", "siglip_vision_model", "swin", "swinv2", "vit", "vivit"]
-_AUDIO = ["audio-spectrogram-transformer", "hubert", "wav2vec2", "wav2vec2-conformer", "wavlm", "whisper"]
+_ENCODERS = [
+    "albert",
+    "bert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "ernie",
+    "esm",
+    "eurobert",
+    "fnet",
+    "funnel",
+    "ibert",
+    "layoutlm",
+    "longformer",
+    "luke",
+    "megatron-bert",
+    "mobilebert",
+    "modernbert",
+    "mpnet",
+    "mra",
+    "nomic_bert",
+    "nystromformer",
+    "roberta",
+    "squeezebert",
+    "xlm-roberta",
+    "yoso",
+]
+_SEQ2SEQ = [
+    "bart",
+    "bigbird_pegasus",
+    "fsmt",
+    "led",
+    "longt5",
+    "m2m_100",
+    "mbart",
+    "mt5",
+    "pegasus_x",
+    "switch_transformers",
+    "t5",
+    "t5gemma",
+    "umt5",
+]
+_VISION = [
+    "beit",
+    "clip_vision_model",
+    "data2vec-vision",
+    "deit",
+    "dinov2",
+    "dinov3_vit",
+    "ijepa",
+    "segformer",
+    "siglip_vision_model",
+    "swin",
+    "swinv2",
+    "vit",
+    "vivit",
+]
+_AUDIO = [
+    "audio-spectrogram-transformer",
+    "hubert",
+    "wav2vec2",
+    "wav2vec2-conformer",
+    "wavlm",
+    "whisper",
+]
 _BOTH = ["clip", "siglip"]
 
 _KINDS = {

@@ -96,7 +96,10 @@ class Recorded:
         self.program, self.dynamic = program, dynamic
         self.graph = fx.Graph()
         # With fixed sizes the tensors are real ones: faster, and nobody looks at their values.
-        mode = FakeTensorMode(shape_env=ShapeEnv()) if dynamic else contextlib.nullcontext()
+        self.shape_env = ShapeEnv() if dynamic else None
+        self.checked = 0
+        fake_mode = FakeTensorMode(shape_env=self.shape_env) if dynamic else None
+        mode: Any = fake_mode or contextlib.nullcontext()
         recorder = _Recorder(self.graph)
         fakes = []
         self.symbols: list[tuple[sympy.Symbol, int, int]] = []
@@ -131,7 +134,9 @@ class Recorded:
     def _fake(self, mode: Any, number: int, real: torch.Tensor, shared: dict[int, Any]) -> Any:
         if not self.dynamic:
             self.symbols_at = {}
-            return real.clone()
+            copy = real.clone()
+            is_parameter = isinstance(real, torch.nn.Parameter)
+            return torch.nn.Parameter(copy, requires_grad=False) if is_parameter else copy
         kinds = [
             DimDynamic.DUCK if dim not in self._fixed(number, real) else DimDynamic.STATIC
             for dim in range(real.dim())
@@ -162,12 +167,8 @@ class Recorded:
         return node
 
     def _symint(self, expr: sympy.Expr) -> Any:
-        env = next(
-            v.fake_mode.shape_env
-            for n in self.graph.nodes
-            if hasattr(v := n.meta.get("example_value"), "fake_mode")
-        )
-        return env.create_symintnode(expr, hint=None)
+        assert self.shape_env is not None
+        return self.shape_env.create_symintnode(expr, hint=None)
 
     def _emit(self, fact: MaskFact) -> None:
         args = (self.graph, self.tensors, self.axes, fact, self.size_of, "cpu")
@@ -182,6 +183,9 @@ class Recorded:
         """Compares the emitted band, padding, bounds and bias with the real terms."""
         assert isinstance(self.proof, Proved)
         known = {s: inputs[n].shape[d] for s, n, d in self.symbols}
+        if not self._guards_hold(known):
+            return  # the compiler would trace again for these sizes
+        self.checked += 1
         env = _run(self.graph, [x.clone() for x in inputs], known)
         found = {name: env[node] for name, node in self.outputs.items()}
         for name, node in self.outputs.items():
@@ -197,6 +201,14 @@ class Recorded:
         assert torch.equal(visible, real_visible), (self.proof, visible.int(), real_visible.int())
         if self.proof.fact.row_shift or self.proof.fact.bias or real_bias.any():
             _same_weights(bias, real_bias, visible)
+
+    def _guards_hold(self, known: dict[Any, int]) -> bool:
+        if self.shape_env is None:
+            return True
+        guards = [g.expr.xreplace(known) for g in self.shape_env.guards]
+        fixed = self.shape_env.replacements.items()
+        guards += [sympy.Eq(s.xreplace(known), e.xreplace(known)) for s, e in fixed]
+        return not any(g is sympy.false or g == sympy.false for g in guards)
 
     def _real(self, inputs: tuple[torch.Tensor, ...], shape: Any) -> Any:
         visible = torch.ones(shape, dtype=torch.bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,3 +124,67 @@ def test_verdicts_agree_with_enumeration(left, right, num_q, num_k):
     follows = all(truth(right, *p) for p in points if truth(left, *p))
     assert equal(left, right, domain).holds == same
     assert implies(left, right, domain).holds == follows
+
+
+# -- a second opinion ----------------------------------------------------------------------------
+
+
+def in_z3(z3, expr, names):
+    """A predicate or expression in z3's terms."""
+    if expr in (sympy.true, sympy.false):
+        return z3.BoolVal(expr is sympy.true)
+    if isinstance(expr, sympy.Integer):
+        return z3.IntVal(int(expr))
+    if isinstance(expr, sympy.Symbol):
+        return names[expr]
+    parts = [in_z3(z3, a, names) for a in expr.args]
+    if isinstance(expr, sympy.Add | sympy.Mul):
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part if isinstance(expr, sympy.Add) else total * part
+        return total
+    joins = {sympy.And: z3.And, sympy.Or: z3.Or}
+    if type(expr) in joins:
+        return joins[type(expr)](*parts)
+    first, second = parts[0], parts[-1]
+    return {
+        "Abs": lambda: z3.If(first >= 0, first, -first),
+        # z3 rounds divisions by positive numbers down, as Python does.
+        "FloorDivide": lambda: first / second,
+        "Modulo": lambda: first % second,
+        "Not": lambda: z3.Not(first),
+        "LessThan": lambda: first <= second,
+        "StrictLessThan": lambda: first < second,
+        "GreaterThan": lambda: first >= second,
+        "StrictGreaterThan": lambda: first > second,
+        "Equality": lambda: first == second,
+        "Unequality": lambda: first != second,
+    }[type(expr).__name__]()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(PREDICATES, PREDICATES)
+def test_verdicts_for_all_sizes_agree_with_z3(left, right):
+    z3 = pytest.importorskip("z3")
+    q, k, n, c = z3.Ints("q k n c")
+    names = {Q: q, K: k, N: n, C: c}
+    solver = z3.Solver()
+    solver.set("timeout", 2000)
+    solver.add(q >= 0, q < n, k >= 0, k < c, n >= 1, c >= 1)
+    solver.add(in_z3(z3, left, names) != in_z3(z3, right, names))
+    answer = solver.check()
+    verdict = equal(left, right, Domain(((Q, N), (K, C))))
+    if answer != z3.unknown and verdict is not None:
+        assert verdict.holds == (answer == z3.unsat)
+
+
+def test_pieces_are_taken_in_order():
+    stairs = sympy.Piecewise((Q, Q >= 3), (3, True), evaluate=False)
+    assert equal(K <= stairs, K <= sympy.Max(Q, 3), SQUARE).holds
+    assert not equal(K <= stairs, K <= Q, SQUARE).holds
+    assert equal(K <= sympy.Piecewise((Q, Q >= 3)), K <= Q, SQUARE) is None
+
+
+def test_facts_narrow_the_domain():
+    domain = Domain(SQUARE.indices, facts=(sympy.Le(K, Q, evaluate=False),))
+    assert implies(sympy.true, K <= Q, domain).holds

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from operand_cases import BIASES, BOUNDS, make_bias, make_bounds
 from sparse_compiler.errors import ShapeMismatch, TensorInvalid
 from sparse_compiler.runtime.attend_plan import attend_plan
 from sparse_compiler.runtime.hopper_attend import hopper_fits
+from sparse_compiler.runtime.probe import probe_torch
+from sparse_compiler.runtime.triton_executor import TritonExecutor
 from sparse_compiler.runtime.triton_operands import (
     bias_kind,
     bias_strides,
@@ -176,3 +179,25 @@ def test_the_hopper_kernel_takes_neither() -> None:
     assert hopper_fits(*operands)
     assert not hopper_fits(*operands, bounds=make_bounds(case, "chunks"))
     assert not hopper_fits(*operands, bias=make_bias(case, "key"))
+
+
+def test_selection_with_operands_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor: Any = TritonExecutor()
+    bounds, bias = make_bounds(CASE, "chunks"), make_bias(CASE, "table")
+    for request in (
+        SimpleNamespace(bounds=bounds, bias=None),
+        SimpleNamespace(bounds=None, bias=bias),
+    ):
+        assert executor.select_band(request, None, {}, {}, (0, 0, 0, 0), 1) is None
+    monkeypatch.setattr(executor, "_check", lambda *_: None)
+    inputs = make_inputs(CASE)
+    heads, first = torch.tensor([2, 0]), torch.tensor([40, 30])
+    options: Any = {"scale": CASE.scale, "rows": inputs.rows, "key_mask": None, "num_rows": 10}
+    assert bounds is not None
+    bounds = bounds.expand(CASE.batch, -1, -1)
+    for more in ({"bounds": bounds}, {"bias": bias}):
+        found = executor.probe(inputs.q, inputs.k, heads, first, CASE.geometry, **options, **more)
+        want = probe_torch(inputs.q, inputs.k, heads, first, CASE.geometry, **options, **more)
+        without = probe_torch(inputs.q, inputs.k, heads, first, CASE.geometry, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+        assert not torch.equal(found[0], without[0])

@@ -1,0 +1,189 @@
+"""What is known of a mask tensor after the graph that made it has returned it.
+
+The callable of that graph notes a `MaskTag` beside the tensor object. The callable of a graph that
+was compiled for such a mask looks the tag up at every call, on the host: the same statement, and
+nobody has written to the tensor since. Otherwise it runs the variant that assumes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_compiler.passes.given_masks import GivenMask, ReturnedMask
+
+__all__ = ["GivenGraph", "MaskTag", "TaggingGraph", "recognise", "tag_of"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MaskTag:
+    """What a mask says, and how to see that it is still that mask.
+
+    Args:
+        given: band and kind.
+        key_mask: bool [B|1, Lk], or None.  bounds: int32 [B|1, Lq, 2], or None.
+        version: of the mask's memory; every write to it or to a view of it counts up.
+        address: of its first element; assigning ``.data`` changes it.
+    """
+
+    given: GivenMask
+    key_mask: torch.Tensor | None
+    bounds: torch.Tensor | None
+    version: int
+    address: int
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.key_mask, self.bounds) if t is not None]
+
+
+_tags: Any = WeakTensorKeyDictionary()
+
+
+def tag_of(value: Any) -> MaskTag | None:
+    """The tag of a mask that nobody has changed since it was tagged, or None."""
+    if type(value) is not torch.Tensor or value.dim() != 4:
+        return None
+    tag: MaskTag | None = _tags.get(value)
+    if tag is None or tag.version != value._version:
+        return None
+    try:
+        address = value.data_ptr()
+    except RuntimeError:  # memory of a CUDA graph that has been given back
+        return None
+    return tag if tag.address == address else None
+
+
+def recognise(example_inputs: Sequence[Any]) -> dict[int, GivenMask]:
+    """Which of the inputs, as Dynamo hands them to a backend, are tagged masks."""
+    tags = ((at, tag_of(value)) for at, value in enumerate(example_inputs))
+    return {at: tag.given for at, tag in tags if tag is not None}
+
+
+class TaggingGraph:
+    """Calls a graph that returns masks; takes away what was added to its outputs, and tags them.
+
+    Args:
+        compiled: the graph; its outputs are the original ones and then those that ``masks`` name.
+        num_outputs: how many are original.
+        masks: the outputs that are masks.
+    """
+
+    def __init__(
+        self, compiled: Callable[..., Any], num_outputs: int, masks: Sequence[ReturnedMask]
+    ) -> None:
+        self.compiled, self.num_outputs, self.masks = compiled, num_outputs, tuple(masks)
+        self._given: dict[tuple[int, tuple[int, ...]], GivenMask | None] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        outputs = self.compiled(*args)
+        kept = list(outputs[: self.num_outputs])
+        for mask in self.masks:
+            value = kept[mask.position]
+            if type(value) is torch.Tensor and value.dim() == 4:
+                kept[mask.position] = self._tagged(mask, outputs, args)
+        return kept if isinstance(outputs, list) else tuple(kept)
+
+    def _tagged(self, mask: ReturnedMask, outputs: Sequence[Any], args: Sequence[Any]) -> Any:
+        """The mask, with a tag if nobody else holds its memory: who does could write unnoticed."""
+        value = outputs[mask.position]
+        given = self._says(mask, tuple(value.shape))
+        others = [o for n, o in enumerate(outputs) if n != mask.position]
+        if given is None or _shares_memory(value, [*others, *args]):
+            return value
+        if value.is_inference():
+            value = _counted(value)
+        operands: list[torch.Tensor | None] = []
+        for position in (mask.key_mask, mask.bounds):
+            operand = None if position is None else outputs[position]
+            if operand is not None:
+                rest = [o for n, o in enumerate(outputs) if n != position]
+                shared = _shares_memory(operand, [*rest, *args])
+                operand = operand.clone() if shared else operand.contiguous()
+            operands.append(operand)
+        _tags[value] = MaskTag(given, *operands, value._version, value.data_ptr())
+        return value
+
+    def _says(self, mask: ReturnedMask, shape: tuple[int, ...]) -> GivenMask | None:
+        key = (mask.position, shape)
+        if key not in self._given:
+            if len(self._given) > 1000:  # a new shape at every call: only the newest matter
+                self._given.clear()
+            self._given[key] = mask.given(shape)
+        return self._given[key]
+
+
+class GivenGraph:
+    """Calls the variant of a graph that assumes what its masks are, if they are that.
+
+    Args:
+        assuming: takes the arguments and then the tensors of the masks' tags.
+        plain: takes the arguments; right for any.
+        masks: position of an argument -> what was assumed.
+        written: positions of the arguments that the graph writes to.
+    """
+
+    def __init__(
+        self,
+        assuming: Callable[..., Any],
+        plain: Callable[..., Any],
+        masks: dict[int, GivenMask],
+        written: Sequence[int],
+    ) -> None:
+        self.assuming, self.plain = assuming, plain
+        self.masks, self.written = masks, tuple(written)
+        self._warned = False
+
+    def __call__(self, *args: Any) -> Any:
+        operands = self._operands(args)
+        if operands is not None:
+            return self.assuming(*args, *operands)
+        if not self._warned:
+            self._warned = True
+            logger.info("a mask is not the one that this graph was compiled for: it runs as written")
+        return self.plain(*args)
+
+    def _operands(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
+        found: list[torch.Tensor] = []
+        for position, given in self.masks.items():
+            tag = tag_of(args[position])
+            if tag is None or tag.given != given:
+                return None
+            writable = [args[n] for n in self.written if n != position]
+            if writable and _shares_memory(args[position], writable):
+                return None
+            found += tag.tensors
+        return found
+
+
+def _storages(values: Sequence[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, torch.Tensor) and _has_storage(value):
+            yield value.untyped_storage()._cdata
+
+
+def _has_storage(value: torch.Tensor) -> bool:
+    """Whether a tensor is one block of memory; sparse tensors and subclasses may be several."""
+    return value.layout == torch.strided and not hasattr(value, "__tensor_flatten__")
+
+
+def _shares_memory(value: torch.Tensor, others: Sequence[Any]) -> bool:
+    """Whether another value has the storage of ``value``."""
+    mine = value.untyped_storage()._cdata
+    return any(mine == other for other in _storages(others))
+
+
+def _counted(value: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory whose writes are counted, unlike those of inference tensors."""
+    with torch.inference_mode(False), torch.no_grad():
+        counted = torch.empty(0, dtype=value.dtype, device=value.device)
+        return counted.set_(
+            value.untyped_storage(), value.storage_offset(), value.shape, value.stride()
+        )

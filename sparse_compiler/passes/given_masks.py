@@ -1,0 +1,344 @@
+"""Masks that one graph returns and another is given, where the model breaks into several graphs.
+
+A graph that only receives its mask can prove nothing about it. What the first graph proved therefore
+travels with the mask: ``return_masks`` finds the outputs of a graph that are masks and has the graph
+return their key padding and row bounds too; ``assume_masks`` tells the next graph what such an input
+is. The assumption is no part of the graph's guards: whoever calls that graph has to check it
+(`sparse_compiler.mask_tags`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from sparse_compiler.ir.mask import Band, MaskFact, Proved
+from sparse_compiler.passes.context import PassContext
+from sparse_compiler.passes.emit_mask import emit_bounds, emit_padding
+from sparse_compiler.passes.form import AttentionForm, Axes, Element, MaskTerm
+from sparse_compiler.passes.grid import call
+from sparse_compiler.passes.prove_mask import MaskProver
+from sparse_compiler.passes.sizes import SizeMissing, size_node
+from sparse_compiler.passes.symbolic_reader import GIVEN, Index, SymbolicReader
+from sparse_compiler.passes.symbolic_tensor import (
+    Mutated,
+    NotUnderstood,
+    SymbolicTensors,
+    tensor_of,
+)
+from sparse_compiler.passes.symbolic_values import Choice, Value, as_bool, conj, is_bool
+
+__all__ = [
+    "GivenMask",
+    "ReturnedMask",
+    "assume_masks",
+    "is_mask_input",
+    "may_be_mask",
+    "rests_on_given",
+    "return_masks",
+]
+
+_ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
+# Sums, choices and copies between an attention and what its mask comes from.
+_FURTHEST = 2000
+
+
+@dataclass(frozen=True)
+class GivenMask:
+    """What a mask [B|1, 1, Lq, Lk] says: all of it but the tensors; equal ones can be exchanged.
+
+    Args:
+        q_offset, left, right: the band, see `ir.mask.Band`.
+        padded: visible keys are bounded by ``key_mask`` bool [B|1, Lk], B as that of the mask.
+        bounded: visible keys are bounded by ``bounds`` int32 [B|1, Lq, 2], first and last key.
+        hidden: what an additive mask holds where a key is hidden (0 elsewhere); None for bool.
+        exact: whether it holds just that. Otherwise something at least as low.
+    """
+
+    q_offset: int
+    left: int | None
+    right: int | None
+    padded: bool = False
+    bounded: bool = False
+    hidden: float | None = None
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class ReturnedMask:
+    """An output of a graph that is a mask.
+
+    Args:
+        position: among the outputs.
+        key_mask, bounds: positions among the outputs of what the mask needs beside its band.
+        band: sides may be expressions over ``shape``.
+        shape: of the mask: ints and symbols.
+        hidden, exact: as for `GivenMask`.
+    """
+
+    position: int
+    key_mask: int | None
+    bounds: int | None
+    band: Band
+    shape: tuple[Any, ...]
+    hidden: float | None
+    exact: bool
+
+    def given(self, shape: Iterable[int]) -> GivenMask | None:
+        """What a mask of this shape says; None where a side of the band is no int."""
+        sizes = dict(zip(self.shape, shape, strict=True))
+        sides: list[Any] = []
+        for side in (self.band.q_offset, self.band.left, self.band.right):
+            if isinstance(side, sympy.Expr):
+                side = side.subs({s: n for s, n in sizes.items() if isinstance(s, sympy.Symbol)})
+                if not isinstance(side, sympy.Integer):
+                    return None
+            sides.append(None if side is None else int(side))
+        needs = self.key_mask is not None, self.bounds is not None
+        return GivenMask(*sides, *needs, self.hidden, self.exact)
+
+
+@dataclass(frozen=True)
+class _Assumed:
+    """On the node of a mask: what it says, and the names of the placeholders that it needs."""
+
+    given: GivenMask
+    key_mask: str
+    bounds: str
+
+    def element(self, reader: SymbolicReader, node: fx.Node, index: Index) -> Value:
+        """The mask's element, as `passes.symbolic_reader` reads it."""
+        batch, _, query, key = index
+        given, row = self.given, query + self.given.q_offset
+        parts: list[Any] = []
+        if given.left is not None:
+            parts.append(sympy.Ge(key, row - given.left, evaluate=False))
+        if given.right is not None:
+            parts.append(sympy.Le(key, row + given.right, evaluate=False))
+        if given.padded:
+            mask = reader.evaluate(_placeholder(node.graph, self.key_mask), (batch, key))
+            parts.append(as_bool(mask))
+        if given.bounded:
+            bounds = _placeholder(node.graph, self.bounds)
+            low, high = (reader.evaluate(bounds, (batch, query, n)) for n in (_ZERO, _ONE))
+            parts.append(sympy.Le(low, key, evaluate=False))  # type: ignore[arg-type]
+            parts.append(sympy.Le(key, high, evaluate=False))  # type: ignore[arg-type]
+        visible = conj(*parts)
+        return visible if given.hidden is None else Choice(visible, 0.0, given.hidden, given.exact)
+
+
+def may_be_mask(value: Any) -> bool:
+    """Whether a tensor has the shape and dtype of a mask for all heads: [B, 1, Lq, Lk]."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.requires_grad:
+        return False
+    one = value.shape[1]
+    known = isinstance(one, int) and one == 1
+    return known and (value.dtype == torch.bool or value.dtype.is_floating_point)
+
+
+def assume_masks(gm: fx.GraphModule, masks: Mapping[int, GivenMask]) -> list[fx.Node]:
+    """Have the graph take inputs for what they are said to be.
+
+    Args:
+        gm: edited in place: placeholders for the masks' tensors follow its own.
+        masks: position of a placeholder -> what it says.
+    Returns:
+        The new placeholders: for each mask in order its key mask, its bounds, where it needs them.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    added: list[fx.Node] = []
+    for position, given in masks.items():
+        node = placeholders[position]
+        value = tensor_of(node)
+        assert value is not None
+        batch, _, num_q, num_k = value.shape
+        names = ["", ""]
+        wanted = (
+            (given.padded, "key_mask", (batch, num_k), torch.bool),
+            (given.bounded, "bounds", (batch, num_q, 2), torch.int32),
+        )
+        for at, (needed, name, shape, dtype) in enumerate(wanted):
+            if needed:
+                last = (added or placeholders)[-1]
+                new = _add_placeholder(gm.graph, last, f"{node.name}_{name}", node)
+                new.meta["example_value"] = _empty(value, shape, dtype)
+                names[at] = new.name
+                added.append(new)
+        node.meta[GIVEN] = _Assumed(given, *names)
+    gm.recompile()
+    return added
+
+
+def rests_on_given(nodes: Iterable[fx.Node]) -> bool:
+    """Whether one of the nodes is computed from an input that ``assume_masks`` told about."""
+    return any(GIVEN in node.meta for node in _producers(nodes))
+
+
+def is_mask_input(form: AttentionForm, tensors: SymbolicTensors) -> bool:
+    """Whether a mask was not read because a graph's input is all that is known about it.
+
+    True if every node that the terms come from and that was not understood is an input, and one of
+    them has a row for each query and a column for each key.
+    """
+    num_q, num_k = form.axes.sizes[2:4]
+    unread: list[fx.Node] = []
+    for node in _producers((t.where.node for t in form.terms), stop=tensors.reasons):
+        if node in tensors.reasons:
+            unread.append(node)
+    pairs = [n for n in unread if _ends_in(tensors, n, (num_q, num_k))]
+    return bool(pairs) and all(n.op == "placeholder" for n in unread)
+
+
+def return_masks(gm: fx.GraphModule, ctx: PassContext) -> list[ReturnedMask]:
+    """Find the outputs that are masks, and return what they need after the graph's own outputs.
+
+    Args:
+        gm: edited in place, after all other passes.
+        ctx: of the same graph.
+    Returns:
+        One for each such output. An output that cannot be proved is left alone.
+    """
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    outputs = output.args[0]
+    if not isinstance(outputs, tuple | list):
+        return []
+    if not any(isinstance(n, fx.Node) and may_be_mask(tensor_of(n)) for n in outputs):
+        return []
+    tensors = SymbolicTensors(gm.graph)
+    finder = _Finder(gm, tensors, MaskProver(tensors), output)
+    found = [finder.find(at, node) for at, node in enumerate(outputs) if isinstance(node, fx.Node)]
+    if finder.added:
+        output.args = ((*outputs, *finder.added),)
+        gm.graph.lint()
+        gm.recompile()
+        ctx.edited()
+    return [mask for mask in found if mask is not None]
+
+
+class _Finder:
+    """Proves outputs of one graph."""
+
+    def __init__(
+        self, gm: fx.GraphModule, tensors: SymbolicTensors, prover: MaskProver, output: fx.Node
+    ) -> None:
+        self.gm, self.tensors, self.prover, self.output = gm, tensors, prover, output
+        self.first = len(output.args[0])  # type: ignore[arg-type]
+        self.added: list[fx.Node] = []
+
+    def find(self, position: int, node: fx.Node) -> ReturnedMask | None:
+        value = tensor_of(node)
+        if value is None or not may_be_mask(value):
+            return None
+        try:
+            # What is returned is what the memory holds at the end.
+            with self.tensors.reading(self.output, None):
+                return self._find(position, node, value)
+        except (Mutated, NotUnderstood, SizeMissing):
+            return None
+
+    def _find(self, position: int, node: fx.Node, value: torch.Tensor) -> ReturnedMask | None:
+        shape = self.tensors.shape(node)
+        if not all(isinstance(n, sympy.Integer | sympy.Symbol) for n in shape):
+            return None
+        symbols = [self.tensors.new_index(s, n) for s, n in zip("bhqk", shape, strict=True)]
+        unused = [sympy.Dummy(s, integer=True) for s in "dv"]
+        axes = Axes(*symbols, *unused, (*shape, _ONE, _ONE))
+        hidden = self._hidden(node, tuple(symbols))
+        kind = "keep" if value.dtype == torch.bool else "add"
+        proof = self.prover.prove_form(axes, (MaskTerm(kind, Element(node, tuple(symbols))),))
+        if not isinstance(proof, Proved):
+            return None
+        fact, band = proof.fact, proof.fact.band
+        sides = [s for s in (band.q_offset, band.left, band.right) if isinstance(s, sympy.Expr)]
+        told = set().union(*(s.free_symbols for s in sides)) <= set(shape)
+        if fact.bias or fact.row_shift or fact.offset_is_read or not told:
+            return None
+        key_mask, bounds = self._operands(axes, fact, value)
+        return ReturnedMask(position, key_mask, bounds, band, shape, *hidden)
+
+    def _hidden(self, node: fx.Node, index: Index) -> tuple[float | None, bool]:
+        """What the mask holds at hidden keys, and whether it is always just that."""
+        value = self.tensors.evaluate(node, index)
+        if is_bool(value):
+            return None, True
+        if isinstance(value, float | sympy.Integer) and float(value) == 0:
+            return float("-inf"), True
+        if isinstance(value, Choice) and 0 in (value.yes, value.no):
+            return float(value.yes or value.no), value.exact
+        raise NotUnderstood("neither a bool nor a choice of 0 and something else")
+
+    def _operands(
+        self, axes: Axes, fact: MaskFact, value: torch.Tensor
+    ) -> tuple[int | None, int | None]:
+        """Positions of the new outputs; sizes are those of the mask, not ones that broadcast."""
+        graph, before = self.gm.graph, set(self.gm.graph.nodes)
+        positions: list[int | None] = []
+        added: list[fx.Node] = []
+        try:
+            with graph.inserting_before(self.output):
+                for emitter in (emit_padding, emit_bounds):
+                    node = emitter(graph, self.tensors, axes, fact, self._size, value.device)
+                    if node is not None:
+                        rest = [-1] * (1 if emitter is emit_padding else 2)
+                        node = call(graph, "expand", node, self._size(axes.sizes[0]), *rest)
+                        added.append(call(graph, "contiguous", node))
+                    taken = self.first + len(self.added) + len(added)
+                    positions.append(None if node is None else taken - 1)
+        except (NotUnderstood, SizeMissing):
+            for node in reversed(list(graph.nodes)):
+                if node not in before:
+                    graph.erase_node(node)
+            raise
+        self.added += added
+        return positions[0], positions[1]
+
+    def _size(self, expr: Any) -> Any:
+        return size_node(self.gm.graph, expr)
+
+
+def _producers(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[fx.Node]:
+    """The nodes and what they are computed from, no further than ``stop``."""
+    found = dict.fromkeys(nodes)
+    queue, ends = list(found), set(stop)
+    while queue and len(found) < _FURTHEST:
+        node = queue.pop()
+        if node in ends:
+            continue
+        new = [n for n in node.all_input_nodes if n not in found]
+        found.update(dict.fromkeys(new))
+        queue += new
+    return list(found)
+
+
+def _ends_in(tensors: SymbolicTensors, node: fx.Node, sizes: tuple[Any, ...]) -> bool:
+    try:
+        return tensors.shape(node)[-len(sizes) :] == sizes and 1 not in sizes
+    except NotUnderstood:
+        return False
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    return next(n for n in graph.nodes if n.name == name)
+
+
+def _add_placeholder(graph: fx.Graph, last: fx.Node, name: str, mask: fx.Node) -> fx.Node:
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    if hasattr(mask, "_dynamo_source"):
+        # AOTAutograd asks every input where it came from; this one is none of the user's.
+        node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
+def _empty(like: torch.Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in the fake mode of ``like``."""
+    mode = getattr(like, "fake_mode", None)
+    if mode is None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    with mode:
+        return torch.empty(shape, dtype=dtype, device=like.device)
