@@ -15,9 +15,9 @@ from torch._logging._internal import trace_structured
 from sparse_compiler import models
 from sparse_compiler.config import PATTERNS, SparseConfig
 from sparse_compiler.errors import SiteDeclined
+from sparse_compiler.graph_breaks import compile_graph
 from sparse_compiler.ir.report import Code, Condition, Report
 from sparse_compiler.passes.context import Capability, PassContext
-from sparse_compiler.passes.manager import run_pipeline
 from sparse_compiler.patterns import registry as pattern_registry
 from sparse_compiler.runtime import dispatch as _dispatch  # noqa: F401 - installs the operators
 from sparse_compiler.runtime import registry as executor_registry
@@ -53,18 +53,23 @@ def minference(
         SiteDeclined: an unexpected decline while ``fallback='error'``.
     """
     config = parse_options(options)
-    ctx = build_context(gm, config)
-    run_pipeline(gm, ctx)
-    name_sites({s.number: s.layer or s.name for s in ctx.report.sites if s.number >= 0})
-    emit_artifact(ctx.report)
-    act_on_declines(ctx, example_inputs)
-    blocked = ctx.blocked is not None and ctx.blocked.code == Code.NO_CXX
-    if config.inner == "eager" or blocked:
-        compiled = gm.forward
-    else:
-        compiled = compile_inner(gm, example_inputs, config, mode)
+
+    def decided(ctx: PassContext) -> None:
+        name_sites({s.number: s.layer or s.name for s in ctx.report.sites if s.number >= 0})
+        emit_artifact(ctx.report)
+        act_on_declines(ctx, example_inputs)
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any], ctx: PassContext) -> Callable[..., Any]:
+        blocked = ctx.blocked is not None and ctx.blocked.code == Code.NO_CXX
+        if config.inner == "eager" or blocked:
+            return gm.forward
+        return compile_inner(gm, inputs, config, mode)
+
+    compiled, report = compile_graph(
+        gm, example_inputs, lambda gm: build_context(gm, config), inner, decided
+    )
     # Only now: Inductor may abandon a graph and have Dynamo trace it again.
-    models.remember(gm, example_inputs, ctx.report)
+    models.remember(gm, example_inputs, report)
     return compiled
 
 

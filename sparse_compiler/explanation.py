@@ -14,8 +14,9 @@ from torch import fx, nn
 
 from sparse_compiler import models
 from sparse_compiler.backend import act_on_declines, build_context, emit_artifact, parse_options
+from sparse_compiler.graph_breaks import compile_graph
 from sparse_compiler.ir.report import Report, SiteReport
-from sparse_compiler.passes.manager import run_pipeline
+from sparse_compiler.passes.context import PassContext
 
 __all__ = ["Explanation", "explain", "report_of", "sites_table"]
 
@@ -101,12 +102,18 @@ def explain(
     reports: list[Report] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        ctx = build_context(gm, config, keep_graphs=True)
-        run_pipeline(gm, ctx)
-        act_on_declines(ctx, example_inputs)
-        emit_artifact(ctx.report)
-        reports.append(ctx.report)
-        return gm.forward
+        def decided(ctx: PassContext) -> None:
+            act_on_declines(ctx, example_inputs)
+            emit_artifact(ctx.report)
+
+        compiled, report = compile_graph(
+            *(gm, example_inputs),
+            make_context=lambda gm: build_context(gm, config, keep_graphs=True),
+            inner=lambda gm, inputs, ctx: gm.forward,
+            decided=decided,
+        )
+        reports.append(report)
+        return compiled
 
     target = getattr(model, "_orig_mod", model)
 

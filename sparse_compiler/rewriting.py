@@ -8,8 +8,6 @@ operators only; tensors that they add become constants of the program.
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -26,15 +24,13 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparse_compiler.backend import build_context, emit_artifact, parse_options
-from sparse_compiler.errors import SiteDeclined
-from sparse_compiler.ir.report import Code, Report
+from sparse_compiler.backend import act_on_declines, build_context, emit_artifact, parse_options
+from sparse_compiler.ir.report import Report
+from sparse_compiler.passes.aten import Spellings
 from sparse_compiler.passes.manager import copied, run_pipeline
 from sparse_compiler.runtime.requester import name_sites
 
 __all__ = ["rewrite", "rewrite_and_report"]
-
-logger = logging.getLogger(__name__)
 
 Program = TypeVar("Program", ExportedProgram, fx.GraphModule)
 
@@ -67,13 +63,14 @@ def rewrite_and_report(
     source = program.graph_module if isinstance(program, ExportedProgram) else program
     gm = copied(source)
     ctx = build_context(gm, config)
-    checks = _Checks(gm.graph)
+    checks, spellings = _Checks(gm.graph), Spellings(gm.graph)
     run_pipeline(gm, ctx)
+    spellings.restore()
     checks.restore()
     report = ctx.report
     name_sites({s.number: s.layer or s.name for s in report.sites if s.number >= 0})
     emit_artifact(report)
-    _act_on_declines(report, config.fallback)
+    act_on_declines(ctx, list(program.parameters()))
     if config.dryrun:
         return program, report
     if isinstance(program, ExportedProgram):
@@ -83,28 +80,6 @@ def rewrite_and_report(
     gm.graph.lint()
     gm.recompile()
     return gm, report
-
-
-def _act_on_declines(report: Report, fallback: str) -> None:
-    """Warn or raise, once for each code; expected codes pass, gradients warn always."""
-    told: set[str] = set()
-    for site in report.sites:
-        if site.decision == "rewritten" or not site.code or site.code in told:
-            continue
-        code, name = Code(site.code), site.layer or site.name
-        if code != Code.GRAD_ENABLED and (code.expected or fallback == "silent"):
-            continue
-        if fallback == "error" and code != Code.GRAD_ENABLED:
-            raise SiteDeclined(
-                f"attention {name}",
-                "rewritable, since fallback='error'",
-                f"{code}: {site.reason}",
-                where=site.source,
-                fix="Fix the cause, or use fallback='warn'.",
-            )
-        told.add(site.code)
-        text = f"minference keeps attention {name} dense: {code}: {site.reason}"
-        warnings.warn(text, UserWarning, stacklevel=4)
 
 
 class _Checks:

@@ -87,6 +87,11 @@ class MaskFact:
         return self.low is not None or self.high is not None
 
     @property
+    def banded(self) -> bool:
+        """No row sees a later key, and the band says all that differs between rows."""
+        return self.band.causal and not self.bounded
+
+    @property
     def offset_is_read(self) -> bool:
         """The diagonal's place is computed by the graph and known only at run time."""
         return isinstance(self.band.q_offset, sympy.Expr) and self.band.q_offset.has(AppliedUndef)

@@ -71,6 +71,7 @@ class SiteReport:
         code, reason: of the first failed condition; "" where rewritten.
         conditions: every failed condition.
         pattern: patterns of the heads as text; "" where dense.
+        mask_given: the graph was given its mask, and another graph before it proved that.
         mask_removed: a declined site whose mask was proved away.
         number: under which statistics are kept, -1 for none.
         spelling: how the attention is written in the graph, e.g. ``sdpa`` or ``softmax chain``.
@@ -87,6 +88,7 @@ class SiteReport:
     reason: str = ""
     conditions: list[Condition] = field(default_factory=list)
     pattern: str = ""
+    mask_given: bool = False
     mask_removed: bool = False
     number: int = -1
     spelling: str = ""

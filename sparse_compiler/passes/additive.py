@@ -33,8 +33,10 @@ __all__ = ["Effect", "read_term"]
 # 1e30 - 110 for its pair to get a weight that float32 can hold (exp(-110) is 0 there).
 _HIDDEN = -1e30
 _CASTS = frozenset(
-    ("to", "_to_copy", "type", "type_as", "half", "bfloat16", "float", "double", "contiguous")
-    + ("clone", "detach", "alias", "cpu", "cuda")
+    (
+        *("to", "_to_copy", "type", "type_as", "half", "bfloat16", "float", "double", "contiguous"),
+        *("clone", "detach", "alias", "cpu", "cuda"),
+    )
 )
 
 
@@ -124,7 +126,9 @@ class _Walk:
             if size not in (1, full):
                 raise NotUnderstood(f"sizes {size} and {full} of {operand.name} may differ")
         if not self.tensors.dtype(operand).is_floating_point:
-            raise NotUnderstood(f"{operand.name} is a sum's operand of {self.tensors.dtype(operand)}")
+            raise NotUnderstood(
+                f"{operand.name} is a sum's operand of {self.tensors.dtype(operand)}"
+            )
         return self.walk(operand, index[len(index) - len(shape) :], factor)
 
     def _sum(self, node: fx.Node, index: Index, factor: float, sign: float = 1.0) -> Effect:
@@ -169,7 +173,9 @@ class _Walk:
         return self._choice(node, index, factor, cond, yes, no)
 
     def _masked_fill(self, node: fx.Node, index: Index, factor: float) -> Effect:
-        kept, cond, filled = (argument(node, n, s) for n, s in enumerate(("input", "mask", "value")))
+        kept, cond, filled = (
+            argument(node, n, s) for n, s in enumerate(("input", "mask", "value"))
+        )
         return self._choice(node, index, factor, cond, filled, kept)
 
     def _choice(

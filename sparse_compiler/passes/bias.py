@@ -54,7 +54,8 @@ def classify(
         if axes.key not in free:
             shifts = True
         elif axes.query not in free:
-            index = tuple(i.xreplace({axes.query: sympy.Integer(0)}) for i in element.index)
+            first_row = {axes.query: sympy.Integer(0)}
+            index = tuple(sympy.sympify(i.xreplace(first_row)) for i in element.index)
             kept.append(Bias(Element(element.node, index), factor))
         elif by_distance(axes, tree):
             kept.append(Bias(element, factor, by_row=True, by_distance=True))

@@ -87,8 +87,12 @@ def _shape(state: SiteState, site: AttentionSite) -> SiteShape | None:
 
 
 def _causal(state: SiteState) -> bool:
-    """Whether later keys are hidden; assumed of a mask that nobody proved."""
-    return not isinstance(state.proof, Proved) or state.proof.fact.band.causal
+    """Whether later keys, and nothing else by row, are hidden; assumed of a mask nobody proved.
+
+    A row of a packed document sees no key of the document before: patterns of columns and distances
+    that one probe chooses for all rows serve only the last document, so blocks are chosen by row.
+    """
+    return not isinstance(state.proof, Proved) or state.proof.fact.banded
 
 
 def _likely(size: int | torch.SymInt, otherwise: int) -> int:
@@ -138,7 +142,6 @@ def _check_call(state: SiteState, site: AttentionSite) -> None:
     num_q, num_k = site.query_shape[2], site.key_shape[2]
     if not isinstance(state.proof, Proved):
         return
-    band = state.proof.fact.band
     alone = state.proof.fact.trivial
     if alone and _differ(num_q, num_k) and not _is(num_q, 1):
         state.fail(Code.CROSS, f"{num_q} queries see all of {num_k} keys: cross-attention")

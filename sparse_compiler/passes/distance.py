@@ -20,6 +20,7 @@ from torch import fx
 
 from sparse_compiler.passes.form import Axes, Element
 from sparse_compiler.passes.grid import Emitter, call
+from sparse_compiler.passes.predicates import rewrite
 from sparse_compiler.passes.symbolic_elementwise import ELEMENTWISE
 from sparse_compiler.passes.symbolic_reader import IN_PLACE, maker
 from sparse_compiler.passes.symbolic_tensor import (
@@ -31,7 +32,7 @@ from sparse_compiler.passes.symbolic_tensor import (
     operation,
     tensor_of,
 )
-from sparse_compiler.passes.symbolic_values import Choice, rewrite
+from sparse_compiler.passes.symbolic_values import Choice
 from sparse_compiler.passes.symbolic_views import VIEWS
 
 __all__ = ["Tree", "by_distance", "is_computed", "line_of", "symbols_of", "trace"]
@@ -43,7 +44,17 @@ _MORE = (
     *("reciprocal", "tanh", "sigmoid", "sin", "cos", "relu", "sign", "floor", "ceil", "round"),
     *("trunc", "clamp", "clip", "clamp_min", "clamp_max", "div"),
 )
-_MADE_FROM_NOTHING = ("arange", "diff", "cumsum", "tensor", "scalar_tensor", "full", "zeros", "ones", "full_like")
+_MADE_FROM_NOTHING = (
+    "arange",
+    "diff",
+    "cumsum",
+    "tensor",
+    "scalar_tensor",
+    "full",
+    "zeros",
+    "ones",
+    "full_like",
+)
 _PLACED = ("tril", "triu", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones")
 _POINTWISE = (frozenset(ELEMENTWISE) | frozenset(_MORE)) - frozenset(_MADE_FROM_NOTHING + _PLACED)
 _CASTS = ("to", "_to_copy", "type", "type_as", "contiguous", "clone", "float", "double", "half")
@@ -158,9 +169,10 @@ def _lookup(
         ids = ids[0] if isinstance(ids, tuple) and len(ids) == 1 else ids
     else:
         return None
-    for part in (ids, table):
-        if not isinstance(part, fx.Node) or tensor_of(part) is None:
-            return None
+    if not isinstance(ids, fx.Node) or not isinstance(table, fx.Node):
+        return None
+    if tensor_of(ids) is None or tensor_of(table) is None:
+        return None
     if tensors.dtype(ids) not in (torch.int64, torch.int32) or tensors.mutations.written(table):
         return None
     rank = len(tensors.shape(ids))

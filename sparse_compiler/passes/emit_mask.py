@@ -38,7 +38,9 @@ def emit_padding(
     if fact.key_padding is None:
         return None
     batch, _, _, key = axes.pairs
-    return full(graph, emit(graph, tensors, fact.key_padding, (batch, key), size_of, device), key, size_of)
+    return full(
+        graph, emit(graph, tensors, fact.key_padding, (batch, key), size_of, device), key, size_of
+    )
 
 
 def emit_bounds(

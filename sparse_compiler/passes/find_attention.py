@@ -194,4 +194,3 @@ def _has_distributed_inputs(gm: fx.GraphModule) -> bool:
         node.op == "placeholder" and type(_example(node)).__name__ == "DTensor"
         for node in gm.graph.nodes
     )
-

@@ -307,7 +307,7 @@ class Emitter:
     def _slice(self, offset: Any, extent: Any, size: Any) -> slice:
         if offset == 0 and extent == size:
             return slice(None)
-        start = self.size_of(offset)
+        start = self.size_of(sympy.sympify(offset))
         end = self.size_of(sympy.expand(offset + extent))
         return slice(start, end)
 

@@ -63,9 +63,7 @@ def find_interval(
     rows, box = (_by_row(decider, s) for s in (visible, decider.everywhere()))
     context = decider.run(box.params)
     lows = _spellings(decider, rows, context, query[0], low=True, otherwise=key[1])
-    highs = _spellings(
-        decider, rows, context, query[0], low=False, otherwise=sympy.Integer(-1)
-    )
+    highs = _spellings(decider, rows, context, query[0], low=False, otherwise=sympy.Integer(-1))
     claims = [(None, h) for h in highs] + [(low, None) for low in lows]
     claims += [(low, h) for low in lows for h in highs]
     for low, high in claims:
@@ -111,10 +109,7 @@ def tightest(
         lambda: visible.apply(isl.Map.from_pw_aff(decider.affine(distance))).coalesce()
     )
     for expr in private:
-        name = decider.param_names.get(expr, "")
-        at = decider.run(lambda name=name: spread.find_dim_by_name(_PARAM, name))
-        if at >= 0:
-            spread = decider.run(lambda at=at: spread.project_out(_PARAM, at, 1))
+        spread = _without(decider, spread, decider.param_names.get(expr, ""))
     right = _first_bound(decider, visible, spread, distance, low=False)
     left = _first_bound(decider, visible, spread, distance, low=True)
     if right is None:
@@ -124,6 +119,12 @@ def tightest(
     if right != 0 and left is not None and left.is_nonpositive and right.is_nonnegative:
         return Band(0, _plain(-left), _plain(right))
     return Band(_plain(right), None if left is None else _plain(right - left), 0)
+
+
+def _without(decider: Decider, points: Any, name: str) -> Any:
+    """The points for any value of a parameter."""
+    at = decider.run(lambda: points.find_dim_by_name(_PARAM, name))
+    return decider.run(lambda: points.project_out(_PARAM, at, 1)) if at >= 0 else points
 
 
 def _first_bound(
@@ -156,9 +157,7 @@ def _plain(expr: sympy.Expr) -> int | sympy.Expr:
 
 def _by_row(decider: Decider, points: Any) -> Any:
     """A set over (query, key) as a set over key, the query a parameter."""
-    return decider.run(
-        lambda: points.move_dims(_PARAM, points.dim(_PARAM), _SET, 0, 1)
-    )
+    return decider.run(lambda: points.move_dims(_PARAM, points.dim(_PARAM), _SET, 0, 1))
 
 
 def _spellings(

@@ -28,6 +28,7 @@ __all__ = ["Operand", "Wanted", "inverse_steps", "layout", "step_back", "tidy"]
 _KEEPING = frozenset({"contiguous", "clone", "detach", "alias", "to", "type", "type_as"})
 _VIEW_LIMIT = 64
 
+
 @dataclass(frozen=True)
 class Wanted:
     """Axes of the tensor that is wanted, in order.
@@ -208,7 +209,9 @@ def _arrange(
         if position == wanted.head and len(places) == 2:
             upper = [n for n in places if atoms[n].part == "upper"]
             lower = [n for n in places if atoms[n].part == "lower"]
-            same = len(upper) == len(lower) == 1 and atoms[upper[0]].groups == atoms[lower[0]].groups
+            same = (
+                len(upper) == len(lower) == 1 and atoms[upper[0]].groups == atoms[lower[0]].groups
+            )
             if not same:
                 return None
             order += [upper[0], lower[0]]

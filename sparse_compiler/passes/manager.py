@@ -134,7 +134,7 @@ def _facts(gm: fx.GraphModule) -> _Facts:
 
 
 def _describe(node: fx.Node) -> Any:
-    example = node.meta.get("example_value")
+    example = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(example, torch.Tensor):
         # The sizes themselves: as text they are compared later, when a guard may have fixed some.
         return example.dtype, list(example.shape), example.device

@@ -26,7 +26,7 @@ class MaskOperands:
     """Arguments of ``select`` and ``attend``, see ``ops``; nodes, ints or None.
 
     Args:
-        causal: no row sees a later key, whatever the other operands hide.
+        banded: as of ``MaskFact``.
     """
 
     rows: Any
@@ -36,7 +36,7 @@ class MaskOperands:
     q_offset: Any
     left: Any
     right: Any
-    causal: bool
+    banded: bool
 
     @property
     def band(self) -> tuple[Any, ...]:
@@ -81,9 +81,7 @@ class MaskEmitter:
 class _Site:
     """The mask operands of one site."""
 
-    def __init__(
-        self, owner: MaskEmitter, axes: Axes, fact: MaskFact, site: AttentionSite
-    ) -> None:
+    def __init__(self, owner: MaskEmitter, axes: Axes, fact: MaskFact, site: AttentionSite) -> None:
         self.owner, self.axes, self.fact = owner, axes, fact
         self.graph, self.tensors = owner.graph, owner.tensors
         self.site = site
@@ -91,9 +89,7 @@ class _Site:
 
     def operands(self) -> MaskOperands:
         fact, band = self.fact, self.fact.band
-        rows, q_offset = (
-            self._rows() if fact.offset_is_read else (None, self._plain(band.q_offset))
-        )
+        rows, q_offset = self._rows() if fact.offset_is_read else (None, self._plain(band.q_offset))
         return MaskOperands(
             rows=rows,
             key_mask=self._key_mask(),
@@ -102,7 +98,7 @@ class _Site:
             q_offset=q_offset,
             left=-1 if band.left is None else self._plain(band.left),
             right=-1 if band.right is None else self._plain(band.right),
-            causal=band.causal,
+            banded=fact.banded,
         )
 
     def _plain(self, expr: Any) -> Any:
@@ -147,6 +143,4 @@ class _Site:
         return call(self.graph, "expand", mask, self._plain(self.axes.sizes[0]), -1)
 
     def _of(self, emitter: Callable[..., fx.Node | None]) -> fx.Node | None:
-        return emitter(
-            self.graph, self.tensors, self.axes, self.fact, self.owner.size, self.device
-        )
+        return emitter(self.graph, self.tensors, self.axes, self.fact, self.owner.size, self.device)

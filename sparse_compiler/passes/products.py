@@ -103,16 +103,15 @@ __all__ += ["broadcast"]
 
 def contraction_size(node: fx.Node, tensors: SymbolicTensors) -> sympy.Expr | None:
     """How far the contracted index runs."""
-    product = product_at(
-        node, tuple(_ZERO for _ in tensors.shape(node)), sympy.Dummy("c"), tensors
-    )
+    product = product_at(node, tuple(_ZERO for _ in tensors.shape(node)), sympy.Dummy("c"), tensors)
     return None if product is None else product.size
 
 
 def _einsum(
     node: fx.Node, index: Index, contracted: sympy.Symbol, tensors: SymbolicTensors
 ) -> Product | None:
-    equation, operands = argument(node, 0, "equation"), node.args[1:]
+    equation = argument(node, 0, "equation")
+    operands: Any = node.args[1:]
     if len(operands) == 1 and isinstance(operands[0], Sequence):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2:

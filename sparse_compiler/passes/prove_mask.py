@@ -10,11 +10,10 @@ Anything else is Unknown, which keeps the site dense.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
-import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
@@ -22,33 +21,24 @@ from sparse_compiler.ir.mask import Band, MaskFact, MaskProof, Proved, Refuted, 
 from sparse_compiler.passes.additive import Effect, read_term
 from sparse_compiler.passes.band import NotABand, find_band
 from sparse_compiler.passes.bias import classify
-from sparse_compiler.passes.form import Axes, Element, MaskTerm
+from sparse_compiler.passes.form import Axes, MaskTerm
 from sparse_compiler.passes.interval import NoInterval, find_interval
+from sparse_compiler.passes.predicates import common_factors, rewrite
 from sparse_compiler.passes.presburger import Decider, Domain, Undecidable
 from sparse_compiler.passes.segments import segments_as_intervals
 from sparse_compiler.passes.symbolic_tensor import (
     Mutated,
     NotUnderstood,
     SymbolicTensors,
-    tensor_of,
 )
 from sparse_compiler.passes.symbolic_values import (
-    Choice,
-    as_bool,
-    common_factors,
     conj,
     conjuncts,
-    rewrite,
 )
 
-__all__ = ["MaskProver", "prove_mask"]
+__all__ = ["MaskProver"]
 
 logger = logging.getLogger(__name__)
-
-
-def prove_mask(mask: fx.Node, query_shape: Sequence[Any], key_shape: Sequence[Any]) -> MaskProof:
-    """What `mask` means for queries and keys of these shapes; see `MaskProver.prove`."""
-    return MaskProver(SymbolicTensors(mask.graph)).prove(mask, query_shape, key_shape)
 
 
 class MaskProver:
@@ -84,74 +74,6 @@ class MaskProver:
         if key not in self._proofs:
             self._proofs[key] = _Proof(self.tensors, axes, terms, is_causal).result()
         return self._proofs[key]
-
-    def prove(
-        self, mask: fx.Node, query_shape: Sequence[Any], key_shape: Sequence[Any]
-    ) -> MaskProof:
-        """What `mask` alone means, if that is a band and one padding node.
-
-        Args:
-            mask: bool (True is visible) or additive float (0 or the dtype's minimum or -inf)
-                tensor of rank 2 to 4 that broadcasts to [B, Hq, Lq, Lk].
-            query_shape: [B, Hq, Lq, D] of ints and SymInts.  key_shape: [B, Hkv, Lk, D].
-        Returns:
-            As `prove_form`; ``key_padding`` is the name of a node [B, Lk].
-        """
-        try:
-            sizes = tuple(self.tensors.size(s) for s in (*query_shape[:3], key_shape[2]))
-            known = (mask, sizes)
-            if known not in self._proofs:
-                self._proofs[known] = self._prove_alone(mask, sizes)
-            return self._proofs[known]
-        except NotUnderstood as reason:
-            return Unknown(f"{mask.name}: {reason}")
-
-    def _prove_alone(self, mask: fx.Node, sizes: tuple[sympy.Expr, ...]) -> MaskProof:
-        value = tensor_of(mask)
-        if value is None or not 2 <= value.dim() <= 4:
-            raise NotUnderstood("not a tensor of rank 2 to 4")
-        shape = self.tensors.shape(mask)
-        for size, wanted in zip(shape, sizes[4 - len(shape) :], strict=True):
-            if size not in (1, wanted):
-                raise NotUnderstood(f"its size {size} is not seen to be 1 or {wanted}")
-        symbols = [self.tensors.new_index(n, s) for n, s in zip("bhqk", sizes, strict=True)]
-        unused = [sympy.Dummy(n, integer=True) for n in "dv"]
-        axes = Axes(*symbols, *unused, (*sizes, sympy.Integer(1), sympy.Integer(1)))
-        where = Element(mask, tuple(symbols[4 - len(shape) :]))
-        kind = "keep" if value.dtype == torch.bool else "add"
-        proof = self.prove_form(axes, (MaskTerm(kind, where),))
-        if not isinstance(proof, Proved):
-            return proof
-        fact = proof.fact
-        if fact.bounded or fact.bias or fact.offset_is_read:
-            return Unknown(f"{mask.name}: {fact.describe()}")
-        if fact.key_padding is None:
-            return proof
-        node = self._padding_node(mask, axes, fact.key_padding)
-        if node is None:
-            return Unknown(f"{mask.name}: no [B, Lk] padding node says this")
-        is_bool = self.tensors.dtype(node) == torch.bool
-        return Proved(MaskFact(fact.band, node.name, is_bool))
-
-    def _padding_node(self, mask: fx.Node, axes: Axes, wanted: Any) -> fx.Node | None:
-        """A node [B, Lk] that `mask` is made of and that says `wanted`, nearest first."""
-        parts = set(conjuncts(wanted))
-        queue, seen = [mask], set()
-        for node in queue:
-            if node in seen or tensor_of(node) is None:
-                continue
-            seen.add(node)
-            queue += node.all_input_nodes
-            shape = self.tensors.shape(node)
-            fits = len(shape) == 2 and shape[0] in (1, axes.sizes[0]) and shape[1] == axes.sizes[3]
-            if not fits or self.tensors.mutations.written(node):
-                continue
-            value: Any = self.tensors.evaluate(node, (axes.batch, axes.key))
-            if isinstance(value, Choice) and not value.exact:
-                continue
-            if set(conjuncts(as_bool(value))) == parts:
-                return node
-        return None
 
 
 class _Proof:
@@ -259,7 +181,7 @@ class _Proof:
         low, high = (e if e is None else rewrite(e, back.get) for e in (found.low, found.high))
         return MaskFact(_renamed(found.band, back), padding, True, low, high)
 
-    def _facts(self, reads: dict[Any, sympy.Symbol]) -> Any:
+    def _facts(self, reads: Mapping[Any, sympy.Symbol]) -> Any:
         """What is known of segments: a row's own place lies in its segment."""
         for read, symbol in reads.items():
             segment = self.tensors.segments.get(read.func)
@@ -285,13 +207,13 @@ def _outer_reads(value: Any) -> list[Any]:
     return list(dict.fromkeys(r for arg in value.args for r in _outer_reads(arg)))
 
 
-def _reads_width(band: Band, back: dict[sympy.Symbol, Any]) -> bool:
+def _reads_width(band: Band, back: Mapping[Any, Any]) -> bool:
     """Whether a band's width, not just its place, is a number that only the run knows."""
     sides = (side for side in (band.left, band.right) if isinstance(side, sympy.Expr))
     return any(side.free_symbols & back.keys() for side in sides)
 
 
-def _renamed(band: Band, back: dict[sympy.Symbol, Any]) -> Band:
+def _renamed(band: Band, back: Mapping[Any, Any]) -> Band:
     """The band with reads in the place of the symbols that stood for them."""
     sides = [band.q_offset, band.left, band.right]
     for n, side in enumerate(sides):

@@ -50,6 +50,7 @@ def prove_masks(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         if isinstance(proof, Proved):
             state.report.mask = proof.fact.describe()
             if rests_on_given(t.where.node for t in form.terms):
+                state.report.mask_given = True
                 state.report.mask += " (proved before a graph break)"
         else:
             state.report.mask = f"not proved: {proof.reason}"

@@ -15,8 +15,8 @@ from sparse_compiler.ir.pattern import LayerPatterns
 from sparse_compiler.ir.report import Code, PassReport
 from sparse_compiler.ir.site import AttentionSite, Operand
 from sparse_compiler.passes.context import META, Decision, PassContext, SiteState
-from sparse_compiler.passes.mask_operands import MaskEmitter
 from sparse_compiler.passes.grid import call
+from sparse_compiler.passes.mask_operands import MaskEmitter
 from sparse_compiler.passes.purity import is_pure
 from sparse_compiler.passes.remove_dead import remove_dead
 from sparse_compiler.passes.sdpa import is_sdpa, sdpa_arguments
@@ -146,7 +146,9 @@ class _Rewriter:
         """The result in the dtype of the node that it replaces."""
         old = node.meta.get("example_value", node.meta.get("val"))
         new = out.meta["example_value"]
-        return out if old is None or old.dtype == new.dtype else call(self.graph, "to", out, old.dtype)
+        return (
+            out if old is None or old.dtype == new.dtype else call(self.graph, "to", out, old.dtype)
+        )
 
     def _call_operators(
         self,
@@ -159,9 +161,9 @@ class _Rewriter:
     ) -> fx.Node:
         graph, patterns, capability = self.graph, decision.patterns, decision.capability
         q, k, v = tensors
-        slots = _slots(patterns, mask.causal)
+        slots = _slots(patterns, mask.banded)
         blocking = (capability.block_q, capability.block_k)
-        limits = _limits(patterns, *blocking, site.key_shape[2], mask.causal)
+        limits = _limits(patterns, *blocking, site.key_shape[2], mask.banded)
         params = _parameters(self.gm, patterns, slots, site)
         budget = -1.0 if patterns.budget is None else patterns.budget
         choice = (budget, decision.min_tokens, capability.name, number)
@@ -213,7 +215,7 @@ def _limits(
         if patterns.budget is not None:
             if patterns.budget >= 1 or not isinstance(num_k, int):
                 return [-1, -1, -1]
-            head = pattern.from_budget(patterns.budget, num_k, block_q)
+            head = pattern.from_budget(patterns.budget, num_k, block_q, causal)
         joined = joined.join(pattern.limits(head, block_q, block_k, causal))
     return [joined.columns, joined.distances, joined.blocks]
 
@@ -240,5 +242,7 @@ def _parameters(
     node = gm.graph.get_attr(name)
     mode = getattr(site.query.example, "fake_mode", None)
     buffer = getattr(gm, name)
-    node.meta["example_value"] = buffer if mode is None else mode.from_tensor(buffer, static_shapes=True)
+    node.meta["example_value"] = (
+        buffer if mode is None else mode.from_tensor(buffer, static_shapes=True)
+    )
     return node

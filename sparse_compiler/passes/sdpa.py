@@ -76,6 +76,7 @@ def sdpa_form(node: fx.Node, given: dict[str, Any], tensors: SymbolicTensors) ->
         NotUnderstood: its shapes say too little.
     """
     query, key, value = (given[name] for name in ("query", "key", "value"))
+    _fix_sizes(query, key, value)
     shape = tensors.shape(node)
     keys = tensors.shape(key)
     if min(len(shape), len(keys), len(tensors.shape(value))) < 2:
@@ -110,6 +111,22 @@ def sdpa_form(node: fx.Node, given: dict[str, Any], tensors: SymbolicTensors) ->
         dropout=given["dropout_p"],
         spelling="sdpa",
     )
+
+
+def _fix_sizes(query: fx.Node, key: fx.Node, value: fx.Node) -> None:
+    """Guards: heads and head sizes are constants of a model, and sizes that must agree do."""
+    q, k, v = (tensor_of(n) for n in (query, key, value))
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    for tensor in (q, k, v):
+        for size in (*tensor.shape[1:-2], tensor.shape[-1]):
+            int(size)
+    agree = q.shape[-1] == k.shape[-1] and k.shape[-2] == v.shape[-2]
+    if min(q.dim(), k.dim(), v.dim()) > 2:
+        agree = agree and all(t.shape[0] == 1 or t.shape[0] == q.shape[0] for t in (k, v))
+    if not agree:
+        raise NotUnderstood(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
 
 
 def _shared(

@@ -11,6 +11,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from sparse_compiler.passes.form import Axes
+from sparse_compiler.passes.predicates import rewrite
 from sparse_compiler.passes.symbolic_tensor import (
     Index,
     NotUnderstood,
@@ -19,7 +20,7 @@ from sparse_compiler.passes.symbolic_tensor import (
     operation,
     tensor_of,
 )
-from sparse_compiler.passes.symbolic_values import Choice, conj, disj, is_bool, rewrite
+from sparse_compiler.passes.symbolic_values import Choice, conj, disj, is_bool
 from sparse_compiler.passes.symbolic_views import VIEWS
 
 __all__ = ["is_monotone", "segments_as_intervals"]
@@ -27,8 +28,21 @@ __all__ = ["is_monotone", "segments_as_intervals"]
 # Casts that cannot turn an order around: counts of a sequence's tokens fit all of these.
 _WIDE = (torch.int64, torch.int32, torch.float32, torch.float64)
 _COPIES = frozenset(
-    ("to", "_to_copy", "type", "type_as", "int", "long", "float", "double", "contiguous", "clone")
-    + ("detach", "alias", "cpu", "cuda")
+    (
+        *(
+            "to",
+            "_to_copy",
+            "type",
+            "type_as",
+            "int",
+            "long",
+            "float",
+            "double",
+            "contiguous",
+            "clone",
+        ),
+        *("detach", "alias", "cpu", "cuda"),
+    )
 )
 
 

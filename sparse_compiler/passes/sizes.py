@@ -82,6 +82,6 @@ def _symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
     if sized is None:
         raise SizeMissing(symbol)
     node = graph.call_method("size", sized)
-    value = sized[0].meta.get("example_value", sized[0].meta.get("val"))
+    value: Any = sized[0].meta.get("example_value", sized[0].meta.get("val"))
     node.meta["example_value"] = value.shape[sized[1]]
     return node

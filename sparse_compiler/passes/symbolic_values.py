@@ -28,7 +28,6 @@ __all__ = [
     "as_choice",
     "choose",
     "combine",
-    "common_factors",
     "compare",
     "conj",
     "conjuncts",
@@ -37,7 +36,6 @@ __all__ = [
     "is_bool",
     "modulo",
     "neg",
-    "rewrite",
     "round_value",
 ]
 
@@ -142,42 +140,6 @@ def conjuncts(pred: Any) -> list[Boolean]:
         if isinstance(inner, tuple(_NEGATED)):
             return conjuncts(neg(inner))
     return [pred]
-
-
-def common_factors(pred: Any) -> Any:
-    """`pred` with the conjuncts that all branches of an Or share taken out of it."""
-    if isinstance(pred, sympy.And):
-        return conj(*(common_factors(arg) for arg in pred.args))
-    if not isinstance(pred, sympy.Or):
-        return pred
-    branches = [conjuncts(common_factors(arg)) for arg in pred.args]
-    shared = [part for part in branches[0] if all(part in other for other in branches[1:])]
-    if not shared:
-        return pred
-    rest = (conj(*(p for p in branch if p not in shared)) for branch in branches)
-    return conj(*shared, disj(*rest))
-
-
-def rewrite(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with every part for which `change` gives something replaced by that.
-
-    Relations stay unevaluated, which sympy's own replacing does not grant.
-    """
-    changed = change(value)
-    if changed is not None:
-        return changed
-    if not value.args:
-        return value
-    args = tuple(rewrite(arg, change) for arg in value.args)
-    if all(a is b for a, b in zip(args, value.args, strict=True)):
-        return value
-    if isinstance(value, tuple(_NEGATED)):
-        return type(value)(*args, evaluate=False)
-    if isinstance(value, sympy.And):
-        return conj(*args)
-    if isinstance(value, sympy.Or):
-        return disj(*args)
-    return value.func(*args)
 
 
 def as_choice(value: Value) -> Choice:

@@ -1,6 +1,6 @@
 """Runs many random mask programs and checks every proof against the real masks.
 
-    python tests/passes/fuzz_masks.py --programs 100000
+python tests/passes/fuzz_masks.py --programs 100000
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ def causal(num: int = LENGTH) -> torch.Tensor:
 class Masked(nn.Module):
     """Self-attention whose causal mask is made in the graph, as models make theirs."""
 
-    def __init__(self, *, as_float: bool = False, need_weights: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, as_float: bool = False, need_weights: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.attention, self.need_weights = attention(**kwargs), need_weights
         self.as_float = as_float
@@ -167,7 +169,9 @@ def test_unbatched() -> None:
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("as_float", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_masks_made_in_the_graph_are_proved(dynamic: bool | None, as_float: bool, padded: bool) -> None:
+def test_masks_made_in_the_graph_are_proved(
+    dynamic: bool | None, as_float: bool, padded: bool
+) -> None:
     model, x = Masked(as_float=as_float), tokens(2, LENGTH)
     hidden = padding_of(2)
     if as_float:  # two kinds at once make Dynamo run the layer uncompiled, for it warns
@@ -297,7 +301,11 @@ def test_layers_keep_their_numbers() -> None:
     x = tokens(2, LENGTH)
     run = Compiled(stack, x)
     run.rewritten(3).like(eager(stack, x))
-    assert [".0." in s.layer or s.layer.endswith(".0") for s in run.report.sites] == [True, False, False]
+    assert [".0." in s.layer or s.layer.endswith(".0") for s in run.report.sites] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_decoder_layer_in_eval() -> None:

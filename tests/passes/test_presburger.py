@@ -180,9 +180,9 @@ def test_verdicts_for_all_sizes_agree_with_z3(left, right):
 
 def test_pieces_are_taken_in_order():
     stairs = sympy.Piecewise((Q, Q >= 3), (3, True), evaluate=False)
-    assert equal(K <= stairs, K <= sympy.Max(Q, 3), SQUARE).holds
-    assert not equal(K <= stairs, K <= Q, SQUARE).holds
-    assert equal(K <= sympy.Piecewise((Q, Q >= 3)), K <= Q, SQUARE) is None
+    assert equal(stairs >= K, sympy.Max(Q, 3) >= K, SQUARE).holds
+    assert not equal(stairs >= K, K <= Q, SQUARE).holds
+    assert equal(sympy.Piecewise((Q, Q >= 3)) >= K, K <= Q, SQUARE) is None
 
 
 def test_facts_narrow_the_domain():

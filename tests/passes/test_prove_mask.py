@@ -145,7 +145,10 @@ PROVED = {
     ),
     "triu_additive": (
         lambda q, k, *_: [
-            ("add", torch.full((q.shape[2], k.shape[2]), LOW).triu(1)[None, None].expand(2, 1, -1, -1))
+            (
+                "add",
+                torch.full((q.shape[2], k.shape[2]), LOW).triu(1)[None, None].expand(2, 1, -1, -1),
+            )
         ],
         "causal",
     ),
@@ -168,7 +171,10 @@ PROVED = {
         lambda q, k, pad, *_: [("keep", (padded(pad) & (pad.roll(1, 1) > 0)[:, None, None]))],
         "full, key padding",
     ),
-    "reversed_padding": (lambda q, k, pad, *_: [("keep", padded(pad).flip(3))], "full, key padding"),
+    "reversed_padding": (
+        lambda q, k, pad, *_: [("keep", padded(pad).flip(3))],
+        "full, key padding",
+    ),
     "longer_padding": (
         lambda q, k, pad, *_: [("keep", F.pad(pad, (0, 3))[:, None, None, 3:] > 0)],
         "full, key padding",
@@ -178,9 +184,7 @@ PROVED = {
         "causal+2, rows bounded, key padding",
     ),
     "summed": (
-        lambda q, k, pad, *_: [
-            ("add", additive(causal(q, k)) + (1.0 - padded(pad).float()) * LOW)
-        ],
+        lambda q, k, pad, *_: [("add", additive(causal(q, k)) + (1.0 - padded(pad).float()) * LOW)],
         "causal, key padding",
     ),
     "raw_padding": (

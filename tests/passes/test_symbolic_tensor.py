@@ -18,7 +18,6 @@ def numbered(*shape):
     return torch.arange(torch.Size(shape).numel()).view(shape)
 
 
-
 def written_view(x):
     place = numbered(4)
     seen = place[None]
