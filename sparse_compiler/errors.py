@@ -11,6 +11,7 @@ __all__ = [
     "GraphInvariantBroken",
     "OptionInvalid",
     "PatternInvalid",
+    "PluginFailed",
     "PromptInvalid",
     "ShapeMismatch",
     "SiteDeclined",
@@ -56,6 +57,10 @@ class ConfigCorrupt(SparseCompilerError, ValueError):
 
 class PatternInvalid(SparseCompilerError, ValueError):
     """A pattern name or its parameters are not usable."""
+
+
+class PluginFailed(SparseCompilerError, RuntimeError):
+    """A plug-in raised, or returned what its kind must not; names it and its package."""
 
 
 class ShapeMismatch(SparseCompilerError, ValueError):

@@ -7,6 +7,7 @@ operators only; tensors that they add become constants of the program.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,8 +41,8 @@ _INHERITED = ("nn_module_stack", "stack_trace", "torch_fn")
 def rewrite(program: Program, *, options: Mapping[str, Any] | None = None) -> Program:
     """A program of the same kind, with attention by the operators where that was proved right.
 
-    It is for inference: no gradient flows through the operators, so while gradients are recorded
-    attentions of parameters that require one are left alone; call this under ``torch.no_grad()``.
+    It is for inference: no gradient flows through the operators, and an exported program does not say
+    whether one will be asked for.
     Before a saved program is loaded again, ``sparse_compiler.ops`` and an executor must have been
     imported (``import sparse_compiler.backend``).
 
@@ -249,8 +250,11 @@ def _retrace(gm: fx.GraphModule, run: list[fx.Node]) -> None:
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     if mode is None:
         raise RuntimeError(f"{run[0].name}: the program has no fake values in meta['val']")
-    # Within the mode of the program sizes stay symbols; outside of it they would become numbers.
-    with mode:
+    # Within the mode of the program sizes stay symbols; outside of it they would become numbers. The
+    # tracer asks whether results are contiguous for its notes, which must not bind sizes to the answer:
+    # what the nodes need was asked, and noted, when they were emitted.
+    env = mode.shape_env
+    with mode, contextlib.nullcontext() if env is None else env.suppress_guards():
         traced = make_fx(function, pre_dispatch=True)(*values)
     _inline(gm, traced, run, inputs, outputs)
 

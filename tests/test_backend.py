@@ -413,7 +413,9 @@ MASKS: dict[str, tuple[Mask, bool | None]] = {
     "without the first key": (lambda q, k: (k <= q + 31) & (k > 0), None),
     "every second key": (lambda q, k: (k <= q + 31) & (k % 2 == 0), False),
     "dilated": (lambda q, k: (k <= q + 31) & ((q - k) % 3 == 0), False),
-    "chunks": (lambda q, k: k // 16 == q // 16, False),
+    "chunks": (lambda q, k: k // 16 == q // 16, True),
+    "chunks from the right": (lambda q, k: (k <= q + 31) & (k // 16 == (q + 31) // 16), True),
+    "prefix": (lambda q, k: (k <= q + 31) | (k < 40), True),
     "sink and window": (lambda q, k: (k <= q + 31) & ((k > q + 20) | (k < 4)), False),
     "nothing": (lambda q, k: (k < 0) & (q >= 0), None),
 }
@@ -500,7 +502,7 @@ def test_a_mask_that_is_an_input_stays_dense(shape: tuple[int, ...]) -> None:
     mask[..., 0] = True
     capture = check(function, *square(), mask, rewritten=False)
     codes = [site.code for site in capture_sites(function, (*square(), mask), capture)]
-    assert codes == ["MASK_UNKNOWN"]
+    assert codes == ["MASK_INPUT"]
 
 
 def test_a_learned_bias_stays_dense() -> None:
@@ -511,13 +513,16 @@ def test_a_learned_bias_stays_dense() -> None:
     check(function, *square(), torch.randn(4, LENGTH, LENGTH), rewritten=False)
 
 
-def test_alibi_is_no_mask() -> None:
+def test_alibi_is_a_bias() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
         slope = torch.tensor([0.5, 0.25, 0.1, 0.0])[:, None, None]
         return sdpa(q, k, v, attn_mask=slope * (keys - rows) + (keys > rows) * -1e9)
 
-    check(function, *square(), rewritten=False)
+    capture = check(function, *square(), rewritten=True)
+    [site] = capture_sites(function, square(), capture)
+    assert "bias" in site.mask
+    assert capture.masks(LENGTH, LENGTH) == []
 
 
 def test_a_mask_that_depends_on_the_head_stays_dense() -> None:
@@ -572,12 +577,12 @@ def test_several_attentions_in_one_graph_keep_their_own_masks() -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3, 5])
-def test_other_ranks_stay_dense(dims: int) -> None:
+def test_any_rank_is_rewritten(dims: int) -> None:
     q, k, v = (t[0, 0] if dims == 2 else t[0] if dims == 3 else t[None] for t in square())
     capture = Capture(fallback="silent", **EXACT)
     out = torch.compile(lambda q, k, v: sdpa(q, k, v, is_causal=True), backend=capture)(q, k, v)
     assert_close(out, sdpa(q, k, v, is_causal=True), length=LENGTH)
-    assert capture.rewritten == 0
+    assert capture.rewritten == 1
 
 
 def test_keys_of_a_batch_of_one_are_shared_or_left_dense() -> None:
@@ -694,13 +699,13 @@ def test_fallback_warn_warns_once_per_code_and_model() -> None:
         compiled = torch.compile(model, backend=capture)
         texts = warned(lambda: (compiled(*masked_inputs()), compiled(*masked_inputs(64))))  # noqa: B023
         assert len(texts) == 1, texts
-        assert "MASK_UNKNOWN" in texts[0]
+        assert "MASK_INPUT" in texts[0]
         torch.testing.assert_close(compiled(*masked_inputs()), model(*masked_inputs()))
 
 
 def test_fallback_error_raises_with_the_reason() -> None:
     compiled = torch.compile(Masked(), backend=Capture(fallback="error"))
-    with pytest.raises(Exception, match="MASK_UNKNOWN") as caught:
+    with pytest.raises(Exception, match="MASK_INPUT") as caught:
         compiled(*masked_inputs())
     chain: list[BaseException | None] = [caught.value]
     while chain[-1] is not None:
@@ -805,13 +810,9 @@ def test_dryrun_reports_and_changes_nothing() -> None:
     assert [site.decision for site in explanation.sites] == ["rewritten"]
 
 
-def test_a_pattern_that_needs_a_causal_mask_is_declined_for_others() -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sdpa(q, k, v)
-
-    capture = check(function, *square(), rewritten=False, pattern="vertical_slash")
-    [site] = capture_sites(function, square(), capture)
-    assert site.code == "PATTERN_NEEDS_CAUSAL"
+@pytest.mark.parametrize("pattern", ["vertical_slash", "a_shape", "block_sparse"])
+def test_every_pattern_serves_a_mask_that_looks_ahead(pattern: str) -> None:
+    check(lambda q, k, v: sdpa(q, k, v), *square(), rewritten=True, pattern=pattern)
 
 
 # ---- patterns by option ------------------------------------------------------------------------
@@ -867,12 +868,16 @@ def test_a_layer_that_a_list_does_not_have_is_declined() -> None:
     assert (two.decision, two.code) == ("declined", "LAYER_MISSING")
 
 
-def test_per_layer_patterns_without_a_known_layer_are_declined() -> None:
-    table = {0: {"*": ("a_shape", 4, 16)}, 1: {"*": ("vertical_slash", 30, 100)}}
-    capture = check(
-        lambda q, k, v: sdpa(q, k, v, is_causal=True), *square(), rewritten=False, pattern=table
-    )
-    assert capture.dense == 1
+def test_an_unknown_layer_gets_the_policy_and_a_note() -> None:
+    table = {0: {"*": ("a_shape", 4, 16)}, 1: {"*": ("dense", 0, 0)}}
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, is_causal=True)
+
+    capture = check(function, *square(), rewritten=True, pattern=table)
+    [site] = capture_sites(function, square(), capture)
+    assert site.pattern.startswith("4 x vertical_slash")
+    assert [note.code for note in site.notes] == ["LAYER_UNKNOWN"]
 
 
 def test_a_budget_sets_the_density_that_stats_shows() -> None:

@@ -19,6 +19,7 @@ class Code(StrEnum):
     CROSS = "CROSS"  # queries and keys come from different sequences
     GRAD_ENABLED = "GRAD_ENABLED"  # call the model under torch.inference_mode()
     CONFIG_DENSE = "CONFIG_DENSE"  # option or configuration says dense
+    HINT_DENSE = "HINT_DENSE"  # an architecture hint, a plug-in, keeps this layer dense
     # Unexpected: the option fallback acts on these.
     CHAIN = "CHAIN"  # an attention written out in a way that the matcher cannot read
     WEIGHTS = "WEIGHTS"  # the attention weights are an output: call with output_attentions=False
@@ -46,7 +47,16 @@ class Code(StrEnum):
         return self in _EXPECTED
 
 
-_EXPECTED = frozenset({Code.SHORT, Code.DECODE, Code.CROSS, Code.GRAD_ENABLED, Code.CONFIG_DENSE})
+_EXPECTED = frozenset(
+    {
+        Code.SHORT,
+        Code.DECODE,
+        Code.CROSS,
+        Code.GRAD_ENABLED,
+        Code.CONFIG_DENSE,
+        Code.HINT_DENSE,
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,21 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.grid import call
-from sparse_compiler.passes.symbolic_reader import argument
+from sparse_compiler.passes.opaque import is_item
+from sparse_compiler.passes.sdpa import sdpa_arguments
+from sparse_compiler.passes.symbolic_reader import argument, tensor_of
 
 __all__ = ["Spellings"]
 
 _aten = torch.ops.aten
+_FUSED = frozenset(
+    getattr(_aten, f"_scaled_dot_product_{name}").default
+    for name in (
+        *("flash_attention_for_cpu", "flash_attention", "efficient_attention"),
+        *("cudnn_attention", "fused_attention_overrideable"),
+    )
+    if hasattr(_aten, f"_scaled_dot_product_{name}")
+)
 
 
 class Spellings:
@@ -29,6 +39,8 @@ class Spellings:
         self.graph = graph
         self._softmaxes: list[fx.Node] = []
         self._indices: list[fx.Node] = []
+        # SDPA, and target, arguments by name and notes of the call in whose place it stands.
+        self._fused: list[tuple[fx.Node, Any, dict[str, Any], dict[str, Any]]] = []
         for node in list(graph.nodes):
             if node.target is _aten.detach_.default:
                 node.target = _aten.detach.default  # it writes nothing
@@ -36,6 +48,8 @@ class Spellings:
                 self._index(node)
             elif node.target is _aten.where.self:
                 self._safe_softmax(node)
+            elif node.target in _FUSED:
+                self._unfuse(node)
 
     def restore(self) -> None:
         """Turn back what the passes have left."""
@@ -47,6 +61,62 @@ class Spellings:
         for node in self._softmaxes:
             if node in alive:
                 self._decompose(node)
+        for node, target, given, meta in self._fused:
+            if node in alive:
+                self._fuse(node, target, given, meta)
+
+    def _fuse(self, node: fx.Node, target: Any, given: dict[str, Any], meta: Any) -> None:
+        """The kernel again, with what SDPA is given by now: earlier nodes may have been replaced."""
+        now = sdpa_arguments(node)
+        now["attn_bias"] = now["attn_mask"]
+        args, kwargs = [], {}
+        for schema in target._schema.arguments:
+            name = schema.name
+            value = now[name] if name in now else given[name]
+            if schema.kwarg_only:
+                kwargs[name] = value
+            else:
+                args.append(value)
+        with self.graph.inserting_before(node):
+            fused = self.graph.call_function(target, tuple(args), kwargs)
+            first = self.graph.call_function(operator.getitem, (fused, 0))
+        fused.meta, first.meta = meta, dict(node.meta)
+        first.meta.pop("example_value")
+        node.replace_all_uses_with(first)
+        self.graph.erase_node(node)
+
+    def _unfuse(self, node: fx.Node) -> None:
+        """A kernel that SDPA was lowered to, whose other results nobody reads."""
+        first = next((u for u in node.users if is_item(u, 0)), None)
+        if first is None or any(u.users for u in node.users if u is not first):
+            return
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        given = {
+            a.name: argument(node, n, a.name, a.default_value if a.has_default_value() else None)
+            for n, a in enumerate(schema)
+        }
+        keywords = {
+            "attn_mask": given.get("attn_mask", given.get("attn_bias")),
+            "dropout_p": given.get("dropout_p") or 0.0,
+            "is_causal": bool(given.get("is_causal")),
+            "scale": given.get("scale"),
+        }
+        operands = [given[name] for name in ("query", "key", "value")]
+        q, k = (tensor_of(o) for o in operands[:2])
+        if q is None or k is None or q.dim() != 4:
+            return
+        if q.shape[1] != k.shape[1]:
+            keywords["enable_gqa"] = True
+        with self.graph.inserting_before(node):
+            made = call(
+                self.graph, _aten.scaled_dot_product_attention.default, *operands, **keywords
+            )
+        made.meta.update(first.meta)
+        self._fused.append((made, node.target, given, node.meta))
+        first.replace_all_uses_with(made)
+        for user in list(node.users):
+            self.graph.erase_node(user)
+        self.graph.erase_node(node)
 
     def _index(self, node: fx.Node) -> None:
         """``x[i, :, j]`` as Python writes it."""

@@ -13,7 +13,7 @@ from sparse_compiler.passes.symbolic_reader import Index
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
 from sparse_compiler.passes.symbolic_values import FloorDivide, Modulo, floor_divide, modulo
 
-__all__ = ["attention_axes", "unread_form"]
+__all__ = ["attention_axes", "shared_axes", "unread_form"]
 
 Mapping = dict[sympy.Symbol, sympy.Expr]
 
@@ -51,7 +51,7 @@ def attention_axes(
             return None
         count = batch[0][1] if batch else one
         heads = sympy.sympify(sympy.prod(inner)) if inner else one
-    axes = _axes(tensors, (count, heads, *sizes))
+    axes = shared_axes(tensors, (count, heads, *sizes))
     mapping: Mapping = dict(
         zip(named, (axes.query, axes.key, axes.dim, axes.value_dim), strict=True)
     )
@@ -71,8 +71,11 @@ def attention_axes(
     return axes, mapping
 
 
-def _axes(tensors: SymbolicTensors, sizes: Index) -> Axes:
-    """Layers of equal sizes get the same symbols, so that they share the proofs about them."""
+def shared_axes(tensors: SymbolicTensors, sizes: Index) -> Axes:
+    """Axes of the sizes B, Hq, Lq, Lk, D, Dv.
+
+    Layers of equal sizes get the same symbols, so that they share the proofs about them.
+    """
     known = tensors.shared.get(("axes", sizes))
     if known is None:
         symbols = (tensors.new_index(n, s) for n, s in zip("bhqkdv", sizes, strict=True))

@@ -55,7 +55,7 @@ def classify(
             shifts = True
         elif axes.query not in free:
             first_row = {axes.query: sympy.Integer(0)}
-            index = tuple(sympy.sympify(i.xreplace(first_row)) for i in element.index)
+            index: Any = tuple(sympy.sympify(i.xreplace(first_row)) for i in element.index)
             kept.append(Bias(Element(element.node, index), factor))
         elif by_distance(axes, tree):
             kept.append(Bias(element, factor, by_row=True, by_distance=True))

@@ -16,7 +16,7 @@ from sparse_compiler.passes.form import AttentionForm
 from sparse_compiler.passes.symbolic_reader import tensor_of
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
 
-__all__ = ["REASON", "first_output", "keep_closed", "match_opaque"]
+__all__ = ["REASON", "first_output", "is_item", "keep_closed", "match_opaque"]
 
 REASON = "sparse_compiler_opaque"
 """Key of ``node.meta`` for (code, reason)."""

@@ -263,6 +263,8 @@ def attend(
     """``sparse_compiler::attend``, see ``ops``."""
     _check(q, k, v, rows, key_mask, slots.shape[0])
     _check_operands(q, k, bounds, bias, sinks)
+    # PyTorch's fused kernels take the last stride for 1, unchecked.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     runner = _executor(executor, q, k, v.shape[3], softcap)
     geometry = Geometry(q_offset, left, right, block_q, block_k)
     num_q, num_k = q.shape[2], k.shape[2]
