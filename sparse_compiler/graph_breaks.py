@@ -56,6 +56,8 @@ def compile_graph(
     ctx = make_context(gm)
     masks = mask_tags.recognise(example_inputs) if _crosses(ctx) else {}
     written = _written(gm) if masks else []
+    if written is None:
+        masks, written = {}, []
     assumed = _Assumed.of(gm, masks, make_context) if masks else None
     returned = _run(gm, ctx)
     if assumed is None or not assumed.gained:
@@ -134,9 +136,12 @@ def _outputs(gm: fx.GraphModule) -> Sequence[Any]:
     return found if isinstance(found, tuple | list) else (found,)
 
 
-def _written(gm: fx.GraphModule) -> list[int]:
-    """Positions of the inputs that the graph writes to."""
+def _written(gm: fx.GraphModule) -> list[int] | None:
+    """Positions of the inputs that the graph writes to; None if it writes to a tensor of its own,
+    which could be a view of a mask for all that the caller can see."""
     mutations = MutationMap(gm.graph)
+    if any(mutations.written(node) for node in gm.graph.find_nodes(op="get_attr")):
+        return None
     inputs = gm.graph.find_nodes(op="placeholder")
     return [at for at, node in enumerate(inputs) if mutations.written(node)]
 

@@ -30,14 +30,14 @@ class MaskTag:
         given: band and kind.
         key_mask: bool [B|1, Lk], or None.  bounds: int32 [B|1, Lq, 2], or None.
         version: of the mask's memory; every write to it or to a view of it counts up.
-        address: of its first element; assigning ``.data`` changes it.
+        place: address, sizes and strides; assigning ``.data`` changes them and does not count.
     """
 
     given: GivenMask
     key_mask: torch.Tensor | None
     bounds: torch.Tensor | None
     version: int
-    address: int
+    place: tuple[Any, ...]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -55,10 +55,9 @@ def tag_of(value: Any) -> MaskTag | None:
     if tag is None or tag.version != value._version:
         return None
     try:
-        address = value.data_ptr()
+        return tag if tag.place == _place(value) else None
     except RuntimeError:  # memory of a CUDA graph that has been given back
         return None
-    return tag if tag.address == address else None
 
 
 def recognise(example_inputs: Sequence[Any]) -> dict[int, GivenMask]:
@@ -108,7 +107,7 @@ class TaggingGraph:
                 shared = _shares_memory(operand, [*rest, *args])
                 operand = operand.clone() if shared else operand.contiguous()
             operands.append(operand)
-        _tags[value] = MaskTag(given, *operands, value._version, value.data_ptr())
+        _tags[value] = MaskTag(given, *operands, value._version, _place(value))
         return value
 
     def _says(self, mask: ReturnedMask, shape: tuple[int, ...]) -> GivenMask | None:
@@ -147,7 +146,9 @@ class GivenGraph:
             return self.assuming(*args, *operands)
         if not self._warned:
             self._warned = True
-            logger.info("a mask is not the one that this graph was compiled for: it runs as written")
+            logger.info(
+                "a mask is not the one that this graph was compiled for: it runs as written"
+            )
         return self.plain(*args)
 
     def _operands(self, args: Sequence[Any]) -> list[torch.Tensor] | None:
@@ -161,6 +162,10 @@ class GivenGraph:
                 return None
             found += tag.tensors
         return found
+
+
+def _place(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.data_ptr(), value.shape, value.stride()
 
 
 def _storages(values: Sequence[Any]) -> Iterator[int]:

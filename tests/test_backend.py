@@ -782,7 +782,7 @@ def test_every_failed_condition_is_in_the_report() -> None:
 
     [site] = sparse_compiler.explain(function, (q, k, v, mask), options={"min_tokens": 5000}).sites
     codes = [condition.code for condition in site.conditions]
-    assert set(codes) >= {"DROPOUT", "MASK_UNKNOWN", "SHORT"}
+    assert set(codes) >= {"DROPOUT", "MASK_INPUT", "SHORT"}
     assert site.code == codes[0]
     assert all(condition.reason for condition in site.conditions)
 
@@ -935,8 +935,8 @@ def test_explain_leaves_warnings_and_errors_to_the_report() -> None:
     )
     assert texts == []
     for explanation in result:
-        assert [site.code for site in explanation.sites] == ["MASK_UNKNOWN"] * 2
-        assert "MASK_UNKNOWN" in str(explanation)
+        assert [site.code for site in explanation.sites] == ["MASK_INPUT"] * 2
+        assert "MASK_INPUT" in str(explanation)
 
 
 def test_explain_does_not_disturb_what_is_compiled() -> None:

@@ -16,6 +16,8 @@ from sparse_compiler.ir.mask import MaskFact
 from sparse_compiler.passes.distance import by_distance, is_computed, line_of, symbols_of, trace
 from sparse_compiler.passes.form import Axes, Element
 from sparse_compiler.passes.grid import call, emit_element, full
+from sparse_compiler.passes.signal import is_signal
+from sparse_compiler.passes.symbolic_reader import described
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 
 __all__ = ["Bias", "classify", "emit_bias"]
@@ -59,7 +61,7 @@ def classify(
             kept.append(Bias(Element(element.node, index), factor))
         elif by_distance(axes, tree):
             kept.append(Bias(element, factor, by_row=True, by_distance=True))
-        elif is_computed(tensors, tree):
+        elif is_computed(tensors, tree) or is_signal(tensors, element.node):
             kept.append(Bias(element, factor, by_row=True))
         else:
             raise NotUnderstood(_refusal(element.node))
@@ -75,7 +77,7 @@ def _refusal(node: fx.Node) -> str:
             f"the mask or bias {source.name} is an input that says something of each pair of row and"
             " key, which cannot be known; pass a padding mask [B, Lk] instead"
         )
-    return f"the bias {node.name} ({node.target}) ties rows to keys by data"
+    return f"the bias {described(node)} ties rows to keys by data"
 
 
 def emit_bias(

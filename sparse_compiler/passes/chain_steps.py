@@ -11,7 +11,7 @@ from torch import fx
 from sparse_compiler.ir.report import Code
 from sparse_compiler.passes.form import Element
 from sparse_compiler.passes.purity import is_pure
-from sparse_compiler.passes.symbolic_reader import argument, operation, tensor_of
+from sparse_compiler.passes.symbolic_reader import argument, described, operation, tensor_of
 from sparse_compiler.passes.symbolic_views import VIEWS
 
 __all__ = [
@@ -47,7 +47,7 @@ class Failed(Exception):
     """The graph is no attention that the form can say; the text names node and operation."""
 
     def __init__(self, node: fx.Node, reason: str, code: Code = Code.CHAIN) -> None:
-        super().__init__(f"{node.name} ({node.target}): {reason}")
+        super().__init__(f"{described(node)}: {reason}")
         self.code = code
 
 

@@ -43,9 +43,14 @@ def _choose(state: SiteState, ctx: PassContext) -> None:
     site = state.site
     if ctx.blocked is not None:
         state.conditions.insert(0, ctx.blocked)
+    if site is not None:
+        _check_gradients(state, site, ctx)
+    if state.advice.dense:
+        # Before all others: whatever else is wrong, nothing more was wanted.
+        reason = f"{state.advice.dense} keeps this layer dense"
+        state.conditions.insert(0, Condition(Code.HINT_DENSE, reason))
     if site is None:
         return
-    _check_gradients(state, site, ctx)
     capability = _check_executor(state, site, ctx)
     _check_call(state, site)
     auto = registry.get("vertical_slash").default() if capability is None else capability.auto
@@ -191,6 +196,8 @@ def _patterns(
     elif ctx.tables is not None:
         found = _from_tables(state, site, heads, ctx)
         origin = ctx.config.config or "config"
+    elif option == "auto" and state.advice.pattern is not None:
+        found, origin = (state.advice.pattern,) * heads, state.advice.origin
     elif isinstance(option, str):
         origin = "policy" if option == "auto" else "option"
         found = tuple(policy.uniform(option, heads, causal=causal, auto=auto))

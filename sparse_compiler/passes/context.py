@@ -14,6 +14,7 @@ from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.report import Code, Condition, Report, SiteReport
 from sparse_compiler.ir.shape import SiteShape, Tile
 from sparse_compiler.ir.site import AttentionSite
+from sparse_compiler.passes.architectures import Advice
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
 
 __all__ = ["META", "Capability", "Decision", "PassContext", "SiteState"]
@@ -59,6 +60,7 @@ class SiteState:
     """Facts gathered about one attention node; each pass fills its own field."""
 
     form: Any = None
+    advice: Advice = field(default_factory=Advice)
     site: AttentionSite | None = None
     proof: MaskProof | None = None
     decision: Decision | None = None

@@ -279,31 +279,20 @@ def _native(node: fx.Node, insert: Inserter) -> fx.Node:
     query, key, value = (given[n] for n in ("query", "key", "value"))
     if query is not key or key is not value:
         raise Closed("its query, key and value differ")
-    names = ("embed_dim", "num_head", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
-    return _fast(insert, query, *(given[n] for n in names), given["mask"], given["mask_type"])
+    return _fast(insert, query, given["num_head"], given)
 
 
-def _fast(
-    insert: Inserter,
-    x: fx.Node,
-    embed_dim: int,
-    heads: int,
-    weight: fx.Node,
-    bias: fx.Node,
-    out_weight: fx.Node,
-    out_bias: fx.Node,
-    mask: fx.Node | None,
-    mask_type: int | None,
-) -> fx.Node:
+def _fast(insert: Inserter, x: fx.Node, heads: int, given: dict[str, Any]) -> fx.Node:
     """Self-attention [B, L, E] with projections; the mask hides wherever it is not zero.
 
     ``mask_type`` is 0 for a mask [L, L], 1 for a padding [B, L], 2 for both in one [B|1, H, L, L].
     """
+    embed_dim, mask, mask_type = (given[n] for n in ("embed_dim", "mask", "mask_type"))
     value = tensor_of(x)
     if value is None or value.dim() != 3 or value.is_nested:
         raise Closed("its input is a nested tensor: pass enable_nested_tensor=False")
     size = embed_dim // heads
-    packed = insert(F.linear, x, weight, bias)
+    packed = insert(F.linear, x, given["qkv_weight"], given["qkv_bias"])
     q, k, v = (
         insert(
             "transpose",
@@ -328,7 +317,7 @@ def _fast(
             seen = insert("unsqueeze", seen, dim)
     out = insert(F.scaled_dot_product_attention, q, k, v, attn_mask=seen)
     out = insert("flatten", insert("transpose", out, 1, 2), 2)
-    return insert(F.linear, out, out_weight, out_bias)
+    return insert(F.linear, out, given["proj_weight"], given["proj_bias"])
 
 
 def _zero(insert: Inserter, mask: fx.Node) -> fx.Node:
@@ -356,7 +345,6 @@ def _never_positive(node: fx.Node) -> bool:
 def _encoder_layer(node: fx.Node, insert: Inserter) -> fx.Node:
     """``torch._transformer_encoder_layer_fwd``."""
     given = _named(node, torch.ops.aten._transformer_encoder_layer_fwd.default)
-    names = ("embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
     first = given["norm_first"]
     source = given["src"]
 
@@ -365,7 +353,7 @@ def _encoder_layer(node: fx.Node, insert: Inserter) -> fx.Node:
         return insert(F.layer_norm, x, (given["embed_dim"],), weight, bias, given["eps"])
 
     x = norm(source, 1) if first else source
-    x = _fast(insert, x, *(given[n] for n in names), given["mask"], given["mask_type"])
+    x = _fast(insert, x, given["num_heads"], given)
     x = insert(operator.add, source, x)
     x = x if first else norm(x, 1)
     inner = norm(x, 2) if first else x
@@ -386,8 +374,8 @@ def _named(node: fx.Node, overload: Any) -> dict[str, Any]:
 
 _EXPANSIONS: dict[Any, Callable[[fx.Node, Inserter], fx.Node]] = {
     F.multi_head_attention_forward: _multi_head,
-    torch._native_multi_head_attention: _native,
+    torch._native_multi_head_attention: _native,  # type: ignore[attr-defined]
     torch.ops.aten._native_multi_head_attention.default: _native,
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    torch._transformer_encoder_layer_fwd: _encoder_layer,  # type: ignore[attr-defined]
     torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer,
 }

@@ -10,6 +10,7 @@ from torch import fx
 
 from sparse_compiler.ir.report import Code, PassReport, SiteReport
 from sparse_compiler.ir.site import AttentionSite, Operand, Step
+from sparse_compiler.passes.architectures import advice
 from sparse_compiler.passes.context import PassContext, SiteState
 from sparse_compiler.passes.form import AttentionForm, Element
 from sparse_compiler.passes.layers import layer_numbers, module_path
@@ -24,7 +25,10 @@ def find_attention(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
     states = ctx.states(gm)
     sharded = _has_distributed_inputs(gm)
     tensors = ctx.tensors(gm)
-    layers = layer_numbers([node for node, _ in states])
+    for node, state in states:
+        state.advice = advice(node)
+    numbers = {node: state.advice.layer for node, state in states}
+    layers = layer_numbers(list(numbers), numbers.get)
     for node, state in states:
         form: AttentionForm = state.form
         state.report = SiteReport(

@@ -25,7 +25,7 @@ from sparse_compiler.passes.opaque import first_output, is_item, keep_closed
 from sparse_compiler.passes.products import broadcast
 from sparse_compiler.passes.remove_dead import remove_dead
 from sparse_compiler.passes.sdpa import sdpa_form
-from sparse_compiler.passes.symbolic_reader import argument, operation, tensor_of
+from sparse_compiler.passes.symbolic_reader import argument, described, operation, tensor_of
 from sparse_compiler.passes.symbolic_tensor import Mutated, NotUnderstood, SymbolicTensors
 
 __all__ = ["forget_flex", "is_flex", "match_flex", "read_flex"]
@@ -171,7 +171,7 @@ def _read(gm: fx.GraphModule, node: fx.Node, insert: Inserter) -> _Score:
 
 
 def _body(gm: fx.GraphModule, function: Any) -> fx.Graph:
-    owner = gm.get_submodule(function.target) if isinstance(function, fx.Node) else function
+    owner = gm.get_submodule(str(function.target)) if isinstance(function, fx.Node) else function
     if not isinstance(owner, fx.GraphModule):
         raise _Unread("its functions are no graphs")
     return owner.graph
@@ -260,7 +260,7 @@ class _Mod:
         if constant is not None:
             return constant
         if node.op not in ("call_function", "call_method"):
-            raise _Unread(f"{node.name} ({node.op} {node.target}) is not read")
+            raise _Unread(f"{described(node)} is not read")
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         if any(isinstance(a, _Score) for a in (*args, *kwargs.values())):
             return self._scored(node, name, args, kwargs)
@@ -270,16 +270,16 @@ class _Mod:
                 self.insert(node.target, *args, **kwargs) if inner else _folded(node, args, kwargs)
             )
         if name not in _ELEMENTWISE | _GATHERS:
-            raise _Unread(f"{node.name} ({node.target}) is no elementwise operation")
+            raise _Unread(f"{described(node)} is no elementwise operation")
         value = tensor_of(node)
         if value is None or value.dim():
-            raise _Unread(f"{node.name} ({node.target}) is no scalar")
+            raise _Unread(f"{described(node)} is no scalar")
         if name in _GATHERS and args[0] in self.points:
-            raise _Unread(f"{node.name} ({node.target}) indexes an index")
+            raise _Unread(f"{described(node)} indexes an index")
         made = self.insert(node.target, *args, **kwargs)
         shape = tensor_of(made)
         if shape is None or shape.dim() != 4:
-            raise _Unread(f"{node.name} ({node.target}) is not of rank 4 over all indices")
+            raise _Unread(f"{described(node)} is not of rank 4 over all indices")
         self.points.add(made)
         return made
 
@@ -293,14 +293,14 @@ class _Mod:
             return args[0]
         handler = _ON_SCORES.get({"truediv": "div", "true_divide": "div"}.get(name, name))
         if handler is None or kwargs:
-            raise _Unread(f"{node.name} ({node.target}) of the score")
+            raise _Unread(f"{described(node)} of the score")
         return handler(self, node, *args)
 
     def _add(self, node: fx.Node, left: Any, right: Any, sign: float = 1.0) -> _Score:
         score, other = (left, right) if isinstance(left, _Score) else (right, left)
         if isinstance(other, _Score) or (sign < 0 and score is right):
-            raise _Unread(f"{node.name} ({node.target}) subtracts or adds scores")
-        if not isinstance(other, int | float | fx.Node) or not _finite(other):
+            raise _Unread(f"{described(node)} subtracts or adds scores")
+        if not isinstance(other, int | float | fx.Node) or other in (math.inf, -math.inf):
             raise _Unread(f"{node.name} adds {other}")
         if not isinstance(other, fx.Node) or other not in self.points:
             return replace(score, shifted=True)
@@ -365,10 +365,6 @@ _ON_SCORES: dict[str, Callable[..., _Score]] = {
 }
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, fx.Node) or math.isfinite(value)
-
-
 def _nodes(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(value, lambda n: found.append(n))
@@ -379,7 +375,7 @@ def _folded(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """A call of numbers alone."""
     function: Any = node.target
     if node.op != "call_function" or not all(isinstance(a, int | float) for a in args):
-        raise _Unread(f"{node.name} ({node.target}) is not read")
+        raise _Unread(f"{described(node)} is not read")
     return function(*args, **kwargs)
 
 

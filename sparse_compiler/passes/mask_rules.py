@@ -19,6 +19,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from sparse_compiler.errors import PluginFailed
+from sparse_compiler.passes.operations import operation_of
 from sparse_compiler.passes.symbolic_values import Choice, NotUnderstood, Value, round_value
 from sparse_compiler.plugin_loading import Source, blamed, load_plugins, source_of
 
@@ -136,7 +137,6 @@ def _keys(target: Any, source: Source) -> list[Any]:
 
 def _check_free(target: Any, function: MaskRule, source: Source) -> None:
     from sparse_compiler.passes.symbolic_elementwise import ELEMENTWISE
-    from sparse_compiler.passes.symbolic_reader import operation_of
     from sparse_compiler.passes.symbolic_views import VIEWS
 
     if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:

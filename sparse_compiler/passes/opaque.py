@@ -36,7 +36,7 @@ def first_output(node: fx.Node) -> fx.Node | None:
 
 def is_item(node: fx.Node, position: int) -> bool:
     """Whether ``node`` takes one result out of a call with several."""
-    return node.target is operator.getitem and node.args[1] == position
+    return node.target is operator.getitem and node.args[1:] == (position,)
 
 
 def match_opaque(node: fx.Node, tensors: SymbolicTensors) -> AttentionForm | None:

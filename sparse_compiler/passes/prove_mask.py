@@ -26,6 +26,7 @@ from sparse_compiler.passes.interval import NoInterval, find_interval
 from sparse_compiler.passes.predicates import common_factors, rewrite
 from sparse_compiler.passes.presburger import Decider, Domain, Undecidable
 from sparse_compiler.passes.segments import segments_as_intervals
+from sparse_compiler.passes.symbolic_reader import described
 from sparse_compiler.passes.symbolic_tensor import (
     Mutated,
     NotUnderstood,
@@ -83,7 +84,7 @@ class _Proof:
         self, tensors: SymbolicTensors, axes: Axes, terms: tuple[MaskTerm, ...], is_causal: bool
     ) -> None:
         self.tensors, self.axes, self.terms, self.is_causal = tensors, axes, terms, is_causal
-        self.name = ", ".join(f"{t.where.node.name} ({t.where.node.target})" for t in terms)
+        self.name = ", ".join(described(t.where.node) for t in terms)
         self.rows = (axes.query, axes.sizes[2])
         self.keys = (axes.key, axes.sizes[3])
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
-from sparse_compiler.ir.mask import Band, MaskFact, Proved, Refuted, Unknown
+from sparse_compiler.ir.mask import Proved, Refuted
 from sparse_compiler.ir.report import Code, PassReport
 from sparse_compiler.passes.context import PassContext
 from sparse_compiler.passes.form import AttentionForm
@@ -15,30 +13,18 @@ from sparse_compiler.passes.prove_mask import MaskProver
 
 __all__ = ["prove_masks"]
 
-_INPUT = (
-    "; pass a 2-D padding mask, or remove the graph break before it (TORCH_LOGS=graph_breaks shows it)"
-)
+_INPUT = "; pass a 2-D padding mask, or remove the graph break before it (TORCH_LOGS=graph_breaks shows it)"
 
 
 def prove_masks(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
     """Fill ``state.proof``; layers that share a mask share one proof."""
-    new = hasattr(MaskProver, "prove_form")
-    prover: Any = MaskProver(ctx.tensors(gm) if new else gm.graph)  # type: ignore
+    prover = MaskProver(ctx.tensors(gm))
     touched = 0
     for _, state in ctx.states(gm):
         if state.site is None:
             continue
         form: AttentionForm = state.form
-        if new:
-            state.proof = proof = prover.prove_form(form.axes, form.terms, form.is_causal)
-        elif not form.terms:
-            state.proof = proof = Proved(MaskFact(Band(0, None, 0 if form.is_causal else None)))
-        elif len(form.terms) == 1:
-            state.proof = proof = prover.prove(
-                form.terms[0].where.node, state.site.query_shape, state.site.key_shape
-            )
-        else:
-            state.proof = proof = Unknown("several terms")
+        state.proof = proof = prover.prove_form(form.axes, form.terms, form.is_causal)
         touched += 1
         if isinstance(proof, Proved) and proof.fact.row_shift and form.sinks is not None:
             state.fail(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,9 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from sparse_compiler.passes.mask_rules import rule_for
 from sparse_compiler.passes.mutation import MutationMap
+from sparse_compiler.passes.operations import IN_PLACE, functional, operation
 from sparse_compiler.passes.presburger import Decider, Domain, Undecidable
 from sparse_compiler.passes.symbolic_values import NotUnderstood, Value, as_bool
 
@@ -32,6 +33,7 @@ __all__ = [
     "Mutated",
     "SymbolicReader",
     "argument",
+    "described",
     "functional",
     "maker",
     "operation",
@@ -75,44 +77,6 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
 
 
-def operation(node: fx.Node) -> str | None:
-    """The plain name of a torch operation (``le``, ``expand``); None if it is not torch's own."""
-    if node.op == "call_method":
-        first = node.args[0] if node.args else None
-        is_tensor = isinstance(first, fx.Node) and tensor_of(first) is not None
-        return str(node.target) if is_tensor else None
-    if node.op != "call_function":
-        return None
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__ if target.namespace == "aten" else None
-    name = getattr(target, "__name__", None)
-    if name is None:
-        return None
-    for owner in (operator, torch, torch.Tensor, torch.nn.functional):
-        if getattr(owner, name, None) is target:
-            return name
-    return "getattr" if target is getattr else None
-
-
-def functional(node: fx.Node) -> str | None:
-    """The operation whose result an operation that writes its first argument puts there."""
-    name = operation(node)
-    if name is None:
-        return None
-    if name in IN_PLACE:
-        return IN_PLACE[name]
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else None
-
-
-_IN_PLACE = ("add", "sub", "mul", "and_", "or_", "xor", "floordiv", "mod", "truediv")
-IN_PLACE: dict[str, str] = {
-    spelling: name
-    for name in _IN_PLACE
-    for spelling in (f"i{name.rstrip('_')}", f"__i{name.rstrip('_')}__")
-}
-
-
 def maker(node: fx.Node, writer: fx.Node | None) -> tuple[fx.Node, str | None]:
     """The node that computed what `node` holds after `writer` wrote to its memory, and the
     operation, as one that writes nothing.
@@ -134,6 +98,13 @@ def _covers(writer: fx.Node, node: fx.Node) -> bool:
         return False
     places = zip(target.shape + target.stride(), value.shape + value.stride(), strict=True)
     return all(size_expr(a) == size_expr(b) for a, b in places)
+
+
+def described(node: fx.Node) -> str:
+    """A node for people: its name and what it does, the same in every process."""
+    if node.op == "placeholder":
+        return f"input {node.name}"
+    return f"{node.name} ({operation(node) or getattr(node.target, '__name__', node.target)})"
 
 
 class SymbolicReader:
@@ -298,7 +269,7 @@ class SymbolicReader:
         Raises:
             Mutated: the memory is written in a way that is not followed.
         """
-        problem = Mutated(f"{node.name} ({node.target}) is written in place")
+        problem = Mutated(f"{described(node)} is written in place")
         if moment is None:
             if self.mutations.written(node):
                 raise problem
@@ -384,21 +355,23 @@ class SymbolicReader:
         if writer is None and GIVEN in node.meta:
             return node.meta[GIVEN].element(self, node, index)
         made_by, name = maker(node, writer)
-        handler = self._handlers.get(name) if name is not None else None
+        handler = rule_for(made_by) if writer is None else None
+        if handler is None:
+            handler = self._handlers.get(name) if name is not None else None
         if handler is None:
             self.reasons.setdefault(
-                node, f"{node.name} ({node.op} {node.target}) is an input or unread"
+                node, f"{described(node)} is an input or unread"
             )
             return self._unread(node, index, writer)
         try:
             return handler(self, made_by, index)
         except NotUnderstood as reason:
             logger.debug("%s is read as it is: %s", node.name, reason)
-            self.reasons.setdefault(node, f"{node.name} ({name}): {reason}")
+            self.reasons.setdefault(node, f"{node.name} ({name or node.target}): {reason}")
             return self._unread(node, index, writer)
 
     def _unread(self, node: fx.Node, index: Index, writer: fx.Node | None) -> Value:
         if writer is not None and self.mutations.written_after(node, writer):
-            raise Mutated(f"{node.name} ({node.target}) is written in place")
+            raise Mutated(f"{described(node)} is written in place")
         read = self.read(node, index, writer)
         return as_bool(read) if self.dtype(node) == torch.bool else read

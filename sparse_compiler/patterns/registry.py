@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
-from sparse_compiler.errors import PatternInvalid
+from sparse_compiler.errors import PatternInvalid, PluginFailed
 from sparse_compiler.patterns.a_shape import AShape
 from sparse_compiler.patterns.base import Pattern
 from sparse_compiler.patterns.block_sparse import BlockSparse
 from sparse_compiler.patterns.dense import Dense
 from sparse_compiler.patterns.vertical_slash import VerticalSlash
+from sparse_compiler.plugin_loading import Source, blamed, load_plugins, source_of
 
-__all__ = ["ENTRY_POINT_GROUP", "by_config_name", "by_number", "get", "names", "register"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "by_config_name",
+    "by_number",
+    "get",
+    "names",
+    "pattern",
+    "register",
+    "source",
+]
 
 ENTRY_POINT_GROUP = "sparse_compiler.patterns"
 
+Kind = TypeVar("Kind", bound=type[Pattern])
+
 _PATTERNS: dict[str, Pattern] = {}
+_SOURCES: dict[str, Source] = {}
+"""Who gave a pattern; built-in ones have no entry."""
 _loaded_plugins = False
 
 
@@ -42,13 +56,42 @@ for _pattern in (Dense(), AShape(), VerticalSlash(), BlockSparse()):
     register(_pattern)
 
 
+def pattern(kind: Kind) -> Kind:
+    """Register a pattern; a decorator of a subclass of ``Pattern`` that takes no arguments.
+
+    Raises:
+        PluginFailed: it is no such class, or its name or number is taken.
+    """
+    _register(kind, source_of("pattern", kind))
+    return kind
+
+
+def source(pattern: Pattern) -> Source:
+    """Who gave a pattern."""
+    return _SOURCES.get(pattern.name) or source_of("pattern", type(pattern))
+
+
+def _register(kind: Any, source: Source) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, Pattern)):
+        raise PluginFailed(str(source), "a subclass of Pattern", kind)
+    with blamed(source, "it is made"):
+        made: Any = kind()
+        for name, wanted in (("name", str), ("number", int)):
+            if not isinstance(getattr(made, name, None), wanted):
+                raise PluginFailed(
+                    f"the {name} of {source}", wanted.__name__, getattr(made, name, None)
+                )
+        if made.component not in ("band", "blocks"):
+            raise PluginFailed(f"the component of {source}", "band or blocks", made.component)
+        register(made)
+    _SOURCES[made.name] = source
+
+
 def _load_plugins() -> None:
     global _loaded_plugins
-    if _loaded_plugins:
-        return
-    _loaded_plugins = True
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        register(entry.load()())
+    if not _loaded_plugins:
+        _loaded_plugins = True
+        load_plugins(ENTRY_POINT_GROUP, "pattern", _register)
 
 
 def names() -> tuple[str, ...]:
