@@ -43,7 +43,9 @@ def source_of(kind: str, decorated: Any) -> Source:
 
 
 @contextlib.contextmanager
-def blamed(source: Source, doing: str, *passing: type[Exception], where: str = "") -> Iterator[None]:
+def blamed(
+    source: Source, doing: str, *passing: type[Exception], where: str = ""
+) -> Iterator[None]:
     """Any exception but ``passing`` becomes one that names the plug-in.
 
     Args:

@@ -137,8 +137,8 @@ def _asked(source: Source, path: str, wanted: Any, method: Callable[..., Any], *
     # A bool is no layer number, though Python counts it as an int.
     fits = isinstance(found, kinds) and (bool in kinds or not isinstance(found, bool))
     if not fits or (isinstance(found, int) and found < 0):
-        names = {bool: "True or False", int: "an int >= 0", type(None): "None"}
-        texts = [names.get(kind, kind.__name__) for kind in kinds]
+        names: dict[Any, str] = {bool: "True or False", int: "an int >= 0", type(None): "None"}
+        texts = [names.get(kind) or str(kind.__name__) for kind in kinds]
         raise PluginFailed(
             f"what {name}() of {source} returns", " or ".join(texts), found, where=where
         )

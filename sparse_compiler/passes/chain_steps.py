@@ -20,6 +20,7 @@ __all__ = [
     "Failed",
     "computed_alike",
     "free_symbols",
+    "is_dead",
     "is_parameter",
     "is_row_maximum",
     "is_view",
@@ -92,8 +93,17 @@ def number_of(value: Any, node: fx.Node) -> float:
     return float(value)
 
 
+def is_dead(node: fx.Node, depth: int = 8) -> bool:
+    """Computes what nobody reads, and does nothing else."""
+    if not depth or node.op == "output" or not is_pure(node):
+        return False
+    return all(is_dead(user, depth - 1) for user in node.users)
+
+
 def only_asks(node: fx.Node) -> bool:
     """Reads nothing but sizes and the like, or is itself read by nobody."""
+    if is_dead(node):
+        return True
     name = operation(node) or getattr(node.target, "__name__", str(node.target))
     if name in _SHAPE_ONLY:
         return True

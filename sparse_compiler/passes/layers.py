@@ -48,7 +48,9 @@ def layer_numbers(
     """
     paths = {node: module_path(node) for node in nodes}
     calls = Counter(paths.values())
-    given = {n: outermost_number(p) if number_of is None else number_of(n) for n, p in paths.items()}
+    given = {
+        n: outermost_number(p) if number_of is None else number_of(n) for n, p in paths.items()
+    }
     kinds: dict[tuple[int, str], set[str]] = {}
     for node, path in paths.items():
         number = given[node]

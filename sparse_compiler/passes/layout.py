@@ -8,7 +8,6 @@ transposed copies are seen through, and gives the steps (views) that lead from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,7 +201,7 @@ def _arrange(
     """Put the atoms into order; add what is missing."""
     groups = 1
     order: list[int] = []
-    flatten = insert = None
+    flatten = None
     inserted: list[int] = []
     for position, symbol in enumerate(wanted.symbols):
         places = [n for n, atom in enumerate(atoms) if atom.position == position]
@@ -234,7 +233,6 @@ def _arrange(
         if atom.part == "upper":
             groups = atom.groups
         order.append(places[0])
-    del insert
     if order != list(range(len(order))):
         steps.append(("permute", tuple(order)))
     if flatten is not None:
@@ -294,13 +292,11 @@ def inverse_steps(
     order = [names.index(atom) for atom in atoms]
     if order != list(range(len(order))):
         steps.append(("permute", tuple(order)))
-    place = 0
     for n, parts in dims:
         if not parts:
             steps.append(("unsqueeze", (n,)))
         elif len(parts) == 2:
             steps.append(("flatten", (n, n + 1)))
-        place += 1
     return _shortened(steps)
 
 
@@ -334,8 +330,3 @@ def divided(kind: Any, value: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
 
 
 __all__ += ["divided", "replaced", "substituted"]
-
-
-def unused(nodes: Sequence[fx.Node]) -> bool:
-    """Whether nobody reads any of the nodes."""
-    return not any(node.users for node in nodes)

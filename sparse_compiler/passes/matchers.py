@@ -61,7 +61,8 @@ def _register(function: Any, source: Source) -> None:
     if not callable(function):
         raise PluginFailed(str(source), "a function of a node and a reader", function)
     # Decorated and named by an entry point as well: one matcher, called as its package is.
-    _added[function] = partial(_ask, function, source)
+    known: Any = function
+    _added[known] = partial(_ask, known, source)
 
 
 def _ask(

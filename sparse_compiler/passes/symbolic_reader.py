@@ -359,9 +359,7 @@ class SymbolicReader:
         if handler is None:
             handler = self._handlers.get(name) if name is not None else None
         if handler is None:
-            self.reasons.setdefault(
-                node, f"{described(node)} is an input or unread"
-            )
+            self.reasons.setdefault(node, f"{described(node)} is an input or unread")
             return self._unread(node, index, writer)
         try:
             return handler(self, made_by, index)

@@ -40,7 +40,7 @@ def register(pattern: Pattern) -> Pattern:
         PatternInvalid: the name or the number is taken by another class.
     """
     for other in _PATTERNS.values():
-        same_class = type(other) is type(pattern)
+        same_class = _qualified(other) == _qualified(pattern)
         if not same_class and (other.name == pattern.name or other.number == pattern.number):
             raise PatternInvalid(
                 f"pattern {pattern.name!r} (number {pattern.number})",
@@ -50,6 +50,11 @@ def register(pattern: Pattern) -> Pattern:
             )
     _PATTERNS[pattern.name] = pattern
     return pattern
+
+
+def _qualified(pattern: Pattern) -> tuple[str, str]:
+    """The same for a module that is loaded again, as notebooks do."""
+    return type(pattern).__module__, type(pattern).__qualname__
 
 
 for _pattern in (Dense(), AShape(), VerticalSlash(), BlockSparse()):
@@ -66,9 +71,9 @@ def pattern(kind: Kind) -> Kind:
     return kind
 
 
-def source(pattern: Pattern) -> Source:
-    """Who gave a pattern."""
-    return _SOURCES.get(pattern.name) or source_of("pattern", type(pattern))
+def source(pattern: Pattern) -> Source | None:
+    """Who gave a pattern; None for a built-in one."""
+    return _SOURCES.get(pattern.name)
 
 
 def _register(kind: Any, source: Source) -> None:

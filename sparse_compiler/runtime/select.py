@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_compiler import ops
-from sparse_compiler.errors import PatternInvalid
+from sparse_compiler.errors import PatternInvalid, PluginFailed
 from sparse_compiler.ir.index import INDEX_FIELDS, AttentionIndex, Geometry
 from sparse_compiler.patterns import lowering, registry
 from sparse_compiler.patterns.base import (
     BandChoice,
+    BlockChoice,
     Pattern,
     SelectRequest,
 )
 from sparse_compiler.patterns.relation import block_relation
+from sparse_compiler.plugin_loading import blamed
 from sparse_compiler.runtime.executor import Executor
 
 __all__ = ["default_rows", "empty_index", "full_index", "select_index", "summarize"]
+
+Choice = TypeVar("Choice", BandChoice, BlockChoice)
 
 
 def default_rows(
@@ -173,8 +178,8 @@ def _choose_band(
     heads = _slot_heads(params, 3, num_slots)
     for pattern in patterns if num_slots else []:
         first, second = _numbers(pattern, params, heads, budget, request, as_blocks=False)
-        choice = pattern.choose(replace(request, heads=heads, first=first, second=second))
-        assert isinstance(choice, BandChoice)
+        asked = replace(request, heads=heads, first=first, second=second)
+        choice = _chosen(pattern, pattern.choose, asked, BandChoice)
         mine = (params[:, 0].long()[heads] == pattern.number)[:, None]
         columns |= choice.columns & mine
         distances |= choice.distances & mine
@@ -183,6 +188,38 @@ def _choose_band(
     if request.key_mask is not None:
         columns &= request.key_mask[:, None]
     return columns, distances
+
+
+def _chosen(
+    pattern: Pattern,
+    choose: Callable[[SelectRequest], Any],
+    request: SelectRequest,
+    kind: type[Choice],
+) -> Choice:
+    """What a pattern chooses.
+
+    Raises:
+        PluginFailed: that of a plug-in raised, or chose what nothing can be made of.
+    """
+    source = registry.source(pattern)
+    if source is None:
+        return choose(request)
+    batch, slots = request.q.shape[0], request.heads.shape[0]
+    num_q, num_k, geometry = request.q.shape[2], request.k.shape[2], request.geometry
+    shapes = {
+        "columns": (batch, slots, num_k),
+        "distances": (batch, slots, geometry.distance_size(num_q)),
+        "blocks": (batch, slots, geometry.num_row_blocks(num_q), geometry.num_key_blocks(num_k)),
+    }
+    with blamed(source, "it chooses", PatternInvalid, torch.OutOfMemoryError):
+        choice = choose(request)
+        if not isinstance(choice, kind):
+            raise PluginFailed(f"what {source} chooses", f"a {kind.__name__}", choice)
+        for name, tensor in vars(choice).items():
+            if tensor.dtype != torch.bool or tuple(tensor.shape) != shapes[name]:
+                got = f"{tensor.dtype} {list(tensor.shape)}"
+                raise PluginFailed(f"the {name} of {source}", f"bool {list(shapes[name])}", got)
+    return choice
 
 
 def _choose_blocks(
@@ -207,7 +244,8 @@ def _choose_blocks(
         if pattern.component != "blocks" and band_slots:
             continue
         first, second = _numbers(pattern, params, heads, budget, request, as_blocks=True)
-        choice = pattern.choose_two_sided(replace(request, heads=heads, first=first, second=second))
+        asked = replace(request, heads=heads, first=first, second=second)
+        choice = _chosen(pattern, pattern.choose_two_sided, asked, BlockChoice)
         mine = (params[:, 0].long()[heads] == pattern.number)[:, None]
         blocks |= choice.blocks & mine[..., None]
     return lowering.lower_blocks(blocks, capacity)
