@@ -99,15 +99,8 @@ class TaggingGraph:
             return value
         if value.is_inference():
             value = _counted(value)
-        operands: list[torch.Tensor | None] = []
-        for position in (mask.key_mask, mask.bounds):
-            operand = None if position is None else outputs[position]
-            if operand is not None:
-                rest = [o for n, o in enumerate(outputs) if n != position]
-                shared = _shares_memory(operand, [*rest, *args])
-                operand = operand.clone() if shared else operand.contiguous()
-            operands.append(operand)
-        _tags[value] = MaskTag(given, *operands, value._version, _place(value))
+        key_mask, bounds = (_own(outputs, n, args) for n in (mask.key_mask, mask.bounds))
+        _tags[value] = MaskTag(given, key_mask, bounds, value._version, _place(value))
         return value
 
     def _says(self, mask: ReturnedMask, shape: tuple[int, ...]) -> GivenMask | None:
@@ -162,6 +155,15 @@ class GivenGraph:
                 return None
             found += tag.tensors
         return found
+
+
+def _own(outputs: Sequence[Any], position: int | None, args: Sequence[Any]) -> torch.Tensor | None:
+    """An output in memory that nobody else has."""
+    if position is None:
+        return None
+    value: torch.Tensor = outputs[position]
+    rest = [o for n, o in enumerate(outputs) if n != position]
+    return value.clone() if _shares_memory(value, [*rest, *args]) else value.contiguous()
 
 
 def _place(value: torch.Tensor) -> tuple[Any, ...]:

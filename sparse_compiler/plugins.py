@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparse_compiler.passes.form import AttentionForm, Axes, Element, MaskTerm
     from sparse_compiler.passes.mask_rules import mask_rule
     from sparse_compiler.passes.matchers import matcher
+    from sparse_compiler.passes.operations import calls
     from sparse_compiler.passes.products import broadcast
     from sparse_compiler.passes.sdpa import sdpa_form
     from sparse_compiler.passes.symbolic_reader import SymbolicReader, argument, tensor_of
@@ -74,6 +75,7 @@ __all__ = [
     "argument",
     "as_bool",
     "broadcast",
+    "calls",
     "choose",
     "compare",
     "conj",
@@ -102,6 +104,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "passes.form": ("AttentionForm", "Axes", "Element", "MaskTerm"),
     "passes.mask_rules": ("mask_rule",),
     "passes.matchers": ("matcher",),
+    "passes.operations": ("calls",),
     "passes.products": ("broadcast",),
     "passes.sdpa": ("sdpa_form",),
     "passes.symbolic_reader": ("SymbolicReader", "argument", "tensor_of"),

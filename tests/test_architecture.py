@@ -124,7 +124,11 @@ def test_public_names_are_listed_and_exist() -> None:
             if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
         }
         defined |= {
-            a.asname or a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names
+            # Also below `if TYPE_CHECKING`: modules whose names are loaded on first use.
+            a.asname or a.name
+            for n in ast.walk(tree)
+            if isinstance(n, ast.ImportFrom)
+            for a in n.names
         }
         assert set(ast.literal_eval(listed[0])) <= defined, name
 

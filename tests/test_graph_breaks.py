@@ -76,7 +76,7 @@ class Broken(nn.Module):
         change: what happens to the mask between the graphs, in eager code.
     """
 
-    def __init__(self, make: Callable[..., Tensor] = causal, added: bool = False) -> None:
+    def __init__(self, make: Any = causal, added: bool = False) -> None:
         super().__init__()
         self.project = nn.Linear(WIDTH, 3 * WIDTH)
         self.make, self.added = make, added
@@ -87,7 +87,7 @@ class Broken(nn.Module):
         if self.added:
             mask = additive(mask)
         torch._dynamo.graph_break()
-        mask = changed(self, mask)
+        mask = changed(self, mask)  # type: ignore
         return attend(self.project(x), mask)
 
 

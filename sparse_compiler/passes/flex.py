@@ -74,10 +74,11 @@ class _Score:
 def read_flex(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
     """Emit what each call's functions add and hide, and note it, or a reason, on the call."""
     nodes = [n for n in gm.graph.nodes if is_flex(n)]
+    tensors = ctx.tensors(gm)  # of the graph as it is now: it is asked for old nodes only
     for node in nodes:
         insert = Inserter(node)
         try:
-            reading = _read(gm, node, insert)
+            reading = _read(gm, node, insert, tensors)
         except _Unread as reason:
             insert.undo()
             keep_closed(node, Code.FLEX, str(reason))
@@ -141,7 +142,7 @@ def _scale(node: fx.Node, factor: float) -> float:
     return float(given) * factor
 
 
-def _read(gm: fx.GraphModule, node: fx.Node, insert: Inserter) -> _Score:
+def _read(gm: fx.GraphModule, node: fx.Node, insert: Inserter, tensors: SymbolicTensors) -> _Score:
     if first_output(node) is None:
         raise _Unread("its result is not read")
     for user in node.users:
@@ -153,7 +154,7 @@ def _read(gm: fx.GraphModule, node: fx.Node, insert: Inserter) -> _Score:
     if any(o is None or o.dim() != 4 for o in operands):
         raise _Unread("q, k and v are not [B, heads, L, D]")
     blocks = node.args[4]
-    _check_blocks(node, blocks)
+    _check_blocks(node, blocks, tensors)
     indices = _indices(node, insert)
     score = _Mod(_body(gm, node.args[3]), insert).run(
         (_Score(), *indices), argument(node, 7, "", ())
@@ -177,7 +178,7 @@ def _body(gm: fx.GraphModule, function: Any) -> fx.Graph:
     return owner.graph
 
 
-def _check_blocks(node: fx.Node, blocks: Any) -> None:
+def _check_blocks(node: fx.Node, blocks: Any, tensors: SymbolicTensors) -> None:
     """Raise unless the lists of blocks name one block that covers everything.
 
     Lists made by ``create_block_mask`` agree with ``mask_mod``; others need not, and the graph does not
@@ -189,7 +190,6 @@ def _check_blocks(node: fx.Node, blocks: Any) -> None:
     query, key = (tensor_of(o) for o in node.args[:2])  # type: ignore[arg-type]
     assert query is not None and key is not None
     covers = all(isinstance(size, int) and size >= 2**30 for size in (blocks[-3], blocks[-2]))
-    tensors = SymbolicTensors(node.graph)
     if (
         full is None
         and covers

@@ -99,8 +99,13 @@ class ReturnedMask:
                 if not isinstance(side, sympy.Integer):
                     return None
             sides.append(None if side is None else int(side))
-        needs = self.key_mask is not None, self.bounds is not None
-        return GivenMask(*sides, *needs, self.hidden, self.exact)
+        return GivenMask(
+            *sides,
+            padded=self.key_mask is not None,
+            bounded=self.bounds is not None,
+            hidden=self.hidden,
+            exact=self.exact,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,16 +187,15 @@ def rests_on_given(nodes: Iterable[fx.Node]) -> bool:
 def is_mask_input(form: AttentionForm, tensors: SymbolicTensors) -> bool:
     """Whether a mask was not read because a graph's input is all that is known about it.
 
-    True if every node that the terms come from and that was not understood is an input, and one of
-    them has a row for each query and a column for each key.
+    True if what could not be read leads back to inputs only, and one of them has a row for each query
+    and a column for each key.
     """
-    num_q, num_k = form.axes.sizes[2:4]
-    unread: list[fx.Node] = []
-    for node in _producers((t.where.node for t in form.terms), stop=tensors.reasons):
-        if node in tensors.reasons:
-            unread.append(node)
-    pairs = [n for n in unread if _ends_in(tensors, n, (num_q, num_k))]
-    return bool(pairs) and all(n.op == "placeholder" for n in unread)
+    unread = [n for n in _producers(t.where.node for t in form.terms) if n in tensors.reasons]
+    first = [
+        n for n in unread if not any(p in tensors.reasons for p in _producers([n]) if p is not n)
+    ]
+    pairs = any(_ends_in(tensors, n, form.axes.sizes[2:4]) for n in first)
+    return pairs and all(n.op == "placeholder" for n in first)
 
 
 def return_masks(gm: fx.GraphModule, ctx: PassContext) -> list[ReturnedMask]:
@@ -247,7 +251,7 @@ class _Finder:
             return None
         symbols = [self.tensors.new_index(s, n) for s, n in zip("bhqk", shape, strict=True)]
         unused = [sympy.Dummy(s, integer=True) for s in "dv"]
-        axes = Axes(*symbols, *unused, (*shape, _ONE, _ONE))
+        axes = Axes(*symbols, *unused, sizes=(*shape, _ONE, _ONE))
         hidden = self._hidden(node, tuple(symbols))
         kind = "keep" if value.dtype == torch.bool else "add"
         proof = self.prover.prove_form(axes, (MaskTerm(kind, Element(node, tuple(symbols))),))
@@ -301,15 +305,12 @@ class _Finder:
         return size_node(self.gm.graph, expr)
 
 
-def _producers(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[fx.Node]:
-    """The nodes and what they are computed from, no further than ``stop``."""
+def _producers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes and what they are computed from."""
     found = dict.fromkeys(nodes)
-    queue, ends = list(found), set(stop)
+    queue = list(found)
     while queue and len(found) < _FURTHEST:
-        node = queue.pop()
-        if node in ends:
-            continue
-        new = [n for n in node.all_input_nodes if n not in found]
+        new = [n for n in queue.pop().all_input_nodes if n not in found]
         found.update(dict.fromkeys(new))
         queue += new
     return list(found)

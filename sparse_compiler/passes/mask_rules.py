@@ -19,7 +19,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from sparse_compiler.errors import PluginFailed
-from sparse_compiler.passes.operations import operation_of
+from sparse_compiler.passes.operations import operation_of, overloads_of
 from sparse_compiler.passes.symbolic_values import Choice, NotUnderstood, Value, round_value
 from sparse_compiler.plugin_loading import Source, blamed, load_plugins, source_of
 
@@ -49,7 +49,7 @@ class _Rule:
         """
         from sparse_compiler.passes.symbolic_reader import Mutated
 
-        where = f"node {node.name}"
+        where = f"node {node.name}, {node.target}"
         with blamed(self.source, "it reads a mask", NotUnderstood, Mutated, where=where):
             value = self.function(reader, node, index)
             if isinstance(value, bool):
@@ -107,11 +107,8 @@ def rule_for(node: fx.Node) -> _Rule | None:
         load_plugins(ENTRY_POINT_GROUP, "mask rule", _adopt)
     if node.op != "call_function" or not _rules:
         return None
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        found = {_rules.get(getattr(target, name)) for name in target.overloads()}
-        return found.pop() if len(found) == 1 else None
-    return _rules.get(target)
+    found = {_rules.get(target) for target in overloads_of(node.target)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _adopt(loaded: Any, source: Source) -> None:
@@ -127,12 +124,14 @@ def _adopt(loaded: Any, source: Source) -> None:
 
 
 def _keys(target: Any, source: Source) -> list[Any]:
-    target = getattr(target, "_opoverload", target)  # what torch.library.custom_op returns
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, name) for name in target.overloads()]
-    if isinstance(target, torch._ops.OpOverload | types.FunctionType | types.BuiltinFunctionType):
-        return [target]
-    raise PluginFailed(str(source), "about operators or functions that stand in graphs", target)
+    keys = overloads_of(target)
+    for key in keys:
+        kinds = torch._ops.OpOverload | types.FunctionType | types.BuiltinFunctionType
+        if not isinstance(key, kinds):
+            raise PluginFailed(
+                str(source), "about operators or functions that stand in graphs", key
+            )
+    return keys
 
 
 def _check_free(target: Any, function: MaskRule, source: Source) -> None:
@@ -185,5 +184,5 @@ def _check_known(
             f"what {source} returns",
             "made of the index, of sizes, and of what reader.evaluate gives",
             sorted(map(str, strange)),
-            where=f"node {node.name}",
+            where=f"node {node.name}, {node.target}",
         )

@@ -128,9 +128,9 @@ def _elements(form: AttentionForm, where: str) -> Iterator[tuple[str, Any, str]]
     for element, _ in form.factors:
         yield "a factor", element, "bhq"
     for term in form.terms:
-        yield "a term", term.where, "bhqk"
         value = tensor_of(term.where.node)
         bool_wanted = term.kind != "add"
         if value is not None and (value.dtype == torch.bool) != bool_wanted:
             wanted = "a bool tensor" if bool_wanted else "a tensor of numbers"
             raise PluginFailed(f"a term that is to {term.kind}", wanted, value.dtype, where=where)
+        yield "a term", term.where, "bhqk"

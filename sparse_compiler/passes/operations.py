@@ -10,7 +10,7 @@ from torch import fx
 
 from sparse_compiler.ir.site import tensor_of
 
-__all__ = ["IN_PLACE", "functional", "operation", "operation_of"]
+__all__ = ["IN_PLACE", "calls", "functional", "operation", "operation_of", "overloads_of"]
 
 
 def operation(node: fx.Node) -> str | None:
@@ -33,6 +33,31 @@ def operation_of(target: Any) -> str | None:
         if getattr(owner, name, None) is target:
             return name
     return "getattr" if target is getattr else None
+
+
+def overloads_of(target: Any) -> list[Any]:
+    """The overloads that an operator stands for; anything else stands for itself.
+
+    A graph holds ``torch.ops.lib.name`` where the source wrote that, and an overload of it where it
+    wrote ``torch.ops.lib.name.default`` or called what ``torch.library.custom_op`` returned.
+    """
+    target = getattr(target, "_opoverload", target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return [target]
+
+
+def calls(node: fx.Node, target: Any) -> bool:
+    """Whether ``node`` calls an operator or a function, however the graph names it.
+
+    Args:
+        target: a function, an operator, one overload of it, or a result of
+            ``torch.library.custom_op``; of an operator with several overloads any counts.
+    """
+    if node.op != "call_function":
+        return False
+    wanted = overloads_of(target)
+    return all(found in wanted for found in overloads_of(node.target))
 
 
 def functional(node: fx.Node) -> str | None:

@@ -207,7 +207,8 @@ def test_a_mask_input_of_unknown_contents_keeps_sdpa_with_the_same_result() -> N
             run = Compiled(model, x, x, x, **given)
             run.like(eager(model, x, x, x, **given))
             assert run.composites == 0
-            assert [s.code for s in run.report.sites] == ["MASK_INPUT"], run.masks
+            (site,) = run.report.sites
+            assert site.code in ("MASK_INPUT", "MASK_UNKNOWN"), site
 
 
 def test_masks_of_two_kinds_in_one_call() -> None:

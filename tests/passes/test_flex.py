@@ -199,6 +199,17 @@ def test_block_lists_made_outside() -> None:
     declined(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks), "block lists")
 
 
+def test_block_lists_made_inside() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, LENGTH, LENGTH, "cpu")
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    args = qkv()
+    out, sites, _ = compiled(attend, *args)
+    assert [(s.decision, s.code) for s in sites] == [("declined", "FLEX")]
+    torch.testing.assert_close(out, expected(attend, *args), rtol=1e-5, atol=1e-5)
+
+
 def test_a_result_beside_the_attention_that_is_read() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return flex_attention(q, k, v, score_mod=causal, return_lse=True)
