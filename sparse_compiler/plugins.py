@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparse_compiler.ir.pattern import HeadPattern
     from sparse_compiler.ir.report import Code
     from sparse_compiler.passes.architectures import ArchitectureHint, architecture
-    from sparse_compiler.passes.axes import shared_axes, unread_form
+    from sparse_compiler.passes.axes import fix_sizes, shared_axes, unread_form
     from sparse_compiler.passes.form import AttentionForm, Axes, Element, MaskTerm
     from sparse_compiler.passes.mask_rules import mask_rule
     from sparse_compiler.passes.matchers import matcher
@@ -81,6 +81,7 @@ __all__ = [
     "conj",
     "disj",
     "executor",
+    "fix_sizes",
     "floor_divide",
     "mask_rule",
     "matcher",
@@ -100,7 +101,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "ir.pattern": ("HeadPattern",),
     "ir.report": ("Code",),
     "passes.architectures": ("ArchitectureHint", "architecture"),
-    "passes.axes": ("shared_axes", "unread_form"),
+    "passes.axes": ("fix_sizes", "shared_axes", "unread_form"),
     "passes.form": ("AttentionForm", "Axes", "Element", "MaskTerm"),
     "passes.mask_rules": ("mask_rule",),
     "passes.matchers": ("matcher",),

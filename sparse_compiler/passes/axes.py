@@ -9,11 +9,17 @@ from torch import fx
 
 from sparse_compiler.passes.form import AttentionForm, Axes, Element
 from sparse_compiler.passes.layout import step_back
-from sparse_compiler.passes.symbolic_reader import Index
+from sparse_compiler.passes.symbolic_reader import Index, tensor_of
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
-from sparse_compiler.passes.symbolic_values import FloorDivide, Modulo, floor_divide, modulo
+from sparse_compiler.passes.symbolic_values import (
+    FloorDivide,
+    Modulo,
+    NotUnderstood,
+    floor_divide,
+    modulo,
+)
 
-__all__ = ["attention_axes", "shared_axes", "unread_form"]
+__all__ = ["attention_axes", "fix_sizes", "shared_axes", "unread_form"]
 
 Mapping = dict[sympy.Symbol, sympy.Expr]
 
@@ -97,6 +103,21 @@ def _merged_heads(element: Element, merged: sympy.Symbol, tensors: SymbolicTenso
         if both:
             return int(both[0])
     return 0
+
+
+def fix_sizes(node: fx.Node, *dims: int) -> None:
+    """Make sizes constants that a model has for good: its heads and head sizes.
+
+    Under dynamic shapes that adds a guard; afterwards ``tensors.shape(node)`` holds numbers there.
+
+    Raises:
+        NotUnderstood: not a tensor, or not so many dimensions.
+    """
+    value = tensor_of(node)
+    if value is None or any(not -value.dim() <= dim < value.dim() for dim in dims):
+        raise NotUnderstood(f"{node.name} is no tensor with dimensions {dims}")
+    for dim in dims:
+        int(value.shape[dim])
 
 
 def unread_form(

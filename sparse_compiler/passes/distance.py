@@ -84,6 +84,11 @@ class Lookup:
     places: tuple[Tree, ...]
 
 
+@dataclass(frozen=True)
+class Joined(Apply):
+    """Tensors side by side: what they depend on is known, not which of them an element comes from."""
+
+
 Tree = Leaf | Apply | Lookup
 
 
@@ -112,6 +117,8 @@ def trace(
                 return _apply(tensors, node, made_by, index, moment)
     except NotUnderstood:
         pass
+    if made_by is node and name in ("cat", "concat", "concatenate"):
+        return _joined(tensors, node, index, moment)
     if made_by is node:
         found = _lookup(tensors, node, name, index, moment)
         if found is not None:
@@ -154,6 +161,20 @@ def _apply(
         place = index[len(index) - len(shape) :]
         operands.append((operand, trace(tensors, operand, place, when)))
     return Apply(made_by, tuple(operands))
+
+
+def _joined(
+    tensors: SymbolicTensors, node: fx.Node, index: Index, moment: fx.Node | None
+) -> Joined:
+    parts = [n for n in argument(node, 0, "tensors") if isinstance(n, fx.Node)]
+    found = [(n, trace(tensors, n, index, tensors.moment(n, node, moment))) for n in parts]
+    # Which part an element comes from depends on its place along the joined dimension.
+    dim = argument(node, 1, "dim", 0) % len(index)
+    place = sympy.sympify(index[dim]).free_symbols
+    known = {s for _, tree in found for s in symbols_of(tree)}
+    if not place <= known:
+        found.append((node, Leaf(index[dim], node)))
+    return Joined(node, tuple(found))
 
 
 def _lookup(
@@ -239,10 +260,20 @@ _DISTANCE = sympy.Dummy("distance", integer=True)
 
 def by_distance(axes: Axes, tree: Tree) -> bool:
     """Whether a tree depends on row and key by ``k - q`` alone, and on no batch entry."""
+    if _has_joined(tree):
+        return False
     free = set()
     for leaf in leaves(tree):
         free |= getattr(_at_distance(axes, leaf.value), "free_symbols", set())
     return not free & {axes.query, axes.key, axes.batch}
+
+
+def _has_joined(tree: Tree) -> bool:
+    if isinstance(tree, Joined):
+        return True
+    if isinstance(tree, Apply):
+        return any(_has_joined(operand) for _, operand in tree.operands)
+    return isinstance(tree, Lookup) and any(map(_has_joined, tree.places))
 
 
 def _at_distance(axes: Axes, value: Any) -> Any:

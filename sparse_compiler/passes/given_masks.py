@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
-# Sums, choices and copies between an attention and what its mask comes from.
+# Nodes that are looked at on the way back from a mask to the inputs; enough for any real mask.
 _FURTHEST = 2000
 
 

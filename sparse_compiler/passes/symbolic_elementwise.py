@@ -270,6 +270,7 @@ def _table() -> dict[str, Evaluate]:
         "negative": _negative,
         "__neg__": _negative,
         "abs": _absolute,
+        "__abs__": _absolute,
         "absolute": _absolute,
         "clamp": _clamp,
         "clip": _clamp,

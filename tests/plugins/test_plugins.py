@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 import sparse_compiler
 from sparse_compiler import plugin_loading, plugins
 from sparse_compiler.errors import PatternInvalid, PluginFailed
+from sparse_compiler.explanation import report_of
 from sparse_compiler.ir.report import SiteReport
 from sparse_compiler.passes import architectures, mask_rules, matchers
 from sparse_compiler.patterns import registry as patterns
@@ -42,7 +43,10 @@ def install(source: Path, target: Path) -> None:
     """As `pip install --target` leaves a package, by hand where pip or setuptools is too old."""
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
     try:
-        usable = bool(metadata.version("pip")) and int(metadata.version("setuptools")[:2]) >= 77
+        usable = (
+            bool(metadata.version("pip"))
+            and int(metadata.version("setuptools").split(".")[0]) >= 77
+        )
     except (metadata.PackageNotFoundError, ValueError):
         usable = False
     if usable:
@@ -284,6 +288,15 @@ def _never(node: fx.Node, tensors: Any) -> None:
 matchers._added.pop(_never)
 
 
+def example(kind: str, module: str) -> Any:
+    """The module of an example that is not installed."""
+    sys.path.insert(0, str(EXAMPLES / kind))
+    try:
+        return import_module(module)
+    finally:
+        sys.path.remove(str(EXAMPLES / kind))
+
+
 def is_sdpa(node: fx.Node) -> bool:
     return node.target is F.scaled_dot_product_attention
 
@@ -300,6 +313,31 @@ def test_a_decorated_matcher_is_asked_before_the_built_in_ones() -> None:
     assert plugins.matcher(capped) is capped
     (site,) = sites(Attention())
     assert (site.spelling, site.decision) == ("mine", "rewritten")
+
+
+def test_the_example_matcher_serves_every_length_of_a_dynamic_graph() -> None:
+    library = example("matcher", "mylib_attention")
+    plugins.matcher(library.read_attention)
+
+    class Library(nn.Module):
+        """A layer of the library."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+            return library.attention(self.linear(q), kv, kv, causal=True)
+
+    model = Library()
+    run = torch.compile(
+        model, backend="minference", dynamic=True, options=OPTIONS | {"budget": 1.0}
+    )
+    for length in (50, 70):
+        inputs = torch.randn(2, length, 4, 16), torch.randn(2, length, 2, 16)
+        assert_close(run(*inputs), model(*inputs))
+    (site,) = report_of(model).sites
+    assert (site.spelling, site.decision) == ("mylib::attention", "rewritten")
 
 
 def test_a_matcher_that_does_not_understand_leaves_the_node_to_others() -> None:
@@ -581,11 +619,7 @@ def test_a_wrong_hint_is_an_error_that_names_it(methods: dict[str, Any], text: s
 
 def strided() -> type[plugins.Pattern]:
     """The example's pattern."""
-    sys.path.insert(0, str(EXAMPLES / "pattern"))
-    try:
-        return plugins.pattern(import_module("mylib_strided").Strided)
-    finally:
-        sys.path.remove(str(EXAMPLES / "pattern"))
+    return plugins.pattern(example("pattern", "mylib_strided").Strided)
 
 
 def test_a_decorated_pattern_is_an_option() -> None:

@@ -12,6 +12,7 @@ from sparse_compiler.plugins import (
     argument,
     broadcast,
     calls,
+    fix_sizes,
     floor_divide,
     matcher,
     shared_axes,
@@ -37,6 +38,8 @@ def read_attention(node: fx.Node, tensors) -> AttentionForm | None:
     if not calls(node, attention):
         return None
     q, k, v = (argument(node, place, name) for place, name in enumerate("qkv"))
+    for operand in (q, k, v):
+        fix_sizes(operand, 2, 3)  # heads and head sizes are constants, also under dynamic shapes
     batch, rows, heads, dim = tensors.shape(q)
     _, keys, kv_heads, value_dim = tensors.shape(v)
     axes = shared_axes(tensors, (batch, heads, rows, keys, dim, value_dim))
