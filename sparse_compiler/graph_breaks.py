@@ -54,7 +54,10 @@ def compile_graph(
         The callable that stands for the graph, and the report of what it does.
     """
     ctx = make_context(gm)
-    masks = mask_tags.recognise(example_inputs) if _crosses(ctx) else {}
+    masks: dict[int, GivenMask] = {}
+    if _crosses(ctx):
+        mask_tags.tag_buffers(gm, example_inputs)
+        masks = mask_tags.recognise(example_inputs)
     written = _written(gm) if masks else []
     if written is None:
         masks, written = {}, []

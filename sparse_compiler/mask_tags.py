@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_compiler.passes.distance import is_parameter
 from sparse_compiler.passes.given_masks import GivenMask, ReturnedMask
 
-__all__ = ["GivenGraph", "MaskTag", "TaggingGraph", "recognise", "tag_of"]
+__all__ = ["GivenGraph", "MaskTag", "TaggingGraph", "recognise", "tag_buffers", "tag_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ _tags: Any = WeakTensorKeyDictionary()
 
 def tag_of(value: Any) -> MaskTag | None:
     """The tag of a mask that nobody has changed since it was tagged, or None."""
-    if type(value) is not torch.Tensor or value.dim() != 4:
+    if type(value) is not torch.Tensor or value.dim() not in (3, 4):
         return None
     tag: MaskTag | None = _tags.get(value)
     if tag is None or tag.version != value._version:
@@ -64,6 +67,42 @@ def recognise(example_inputs: Sequence[Any]) -> dict[int, GivenMask]:
     """Which of the inputs, as Dynamo hands them to a backend, are tagged masks."""
     tags = ((at, tag_of(value)) for at, value in enumerate(example_inputs))
     return {at: tag.given for at, tag in tags if tag is not None}
+
+
+def tag_buffers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Tag the buffers of modules that hold a band: causal masks made once, windows.
+
+    Their values are looked at now, while the graph is compiled, which waits for the device.
+
+    Args:
+        gm: the traced graph.
+        example_inputs: its inputs, the real tensors.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node, value in zip(inputs, example_inputs, strict=False):
+        if type(value) is not torch.Tensor or value.dtype != torch.bool or value.dim() != 4:
+            continue
+        if isinstance(value, FakeTensor) or tuple(value.shape[:2]) != (1, 1):
+            continue
+        if is_parameter(node) and not value.is_inference() and tag_of(value) is None:
+            given = _band_of(value[0, 0])
+            if given is not None:
+                _tags[value] = MaskTag(given, None, None, value._version, _place(value))
+
+
+def _band_of(mask: torch.Tensor) -> GivenMask | None:
+    """The band that a bool [N, N] holds, None if it holds anything else or hides a diagonal."""
+    size = mask.shape[0]
+    if not size or mask.shape[1] != size or not bool(mask.diagonal().all()):
+        return None
+    right = int(mask[0].nonzero()[-1])
+    left = size - 1 - int(mask[-1].nonzero()[0])
+    rows = torch.arange(size, device=mask.device)
+    distance = rows[None, :] - rows[:, None]
+    if not torch.equal(mask, (distance <= right) & (distance >= -left)):
+        return None
+    furthest = size - 1
+    return GivenMask(0, None if left == furthest else left, None if right == furthest else right)
 
 
 class TaggingGraph:
@@ -86,7 +125,7 @@ class TaggingGraph:
         kept = list(outputs[: self.num_outputs])
         for mask in self.masks:
             value = kept[mask.position]
-            if type(value) is torch.Tensor and value.dim() == 4:
+            if type(value) is torch.Tensor and value.dim() in (3, 4):
                 kept[mask.position] = self._tagged(mask, outputs, args)
         return kept if isinstance(outputs, list) else tuple(kept)
 

@@ -23,7 +23,9 @@ class Code(StrEnum):
     # Unexpected: the option fallback acts on these.
     CHAIN = "CHAIN"  # an attention written out in a way that the matcher cannot read
     WEIGHTS = "WEIGHTS"  # the attention weights are an output: call with output_attentions=False
-    OPAQUE = "OPAQUE"  # one call that holds a whole attention layer, used in a way that keeps it closed
+    OPAQUE = (
+        "OPAQUE"  # one call that holds a whole attention layer, used in a way that keeps it closed
+    )
     FLEX = "FLEX"  # flex_attention whose functions or block lists cannot be read
     MASK_UNKNOWN = "MASK_UNKNOWN"  # the mask's producers were not understood
     # The mask is an input: pass a 2-D padding mask, or remove the graph break

@@ -27,7 +27,7 @@ from sparse_compiler.passes.symbolic_tensor import (
 from sparse_compiler.passes.symbolic_values import Choice, as_bool, is_bool, neg
 from sparse_compiler.passes.symbolic_views import VIEWS
 
-__all__ = ["Effect", "read_term"]
+__all__ = ["Effect", "read_term", "summands"]
 
 # A constant this low hides like the dtype's minimum does: a logit would have to be larger than
 # 1e30 - 110 for its pair to get a weight that float32 can hold (exp(-110) is 0 there).
@@ -74,6 +74,16 @@ def read_term(tensors: SymbolicTensors, axes: Axes, term: MaskTerm) -> Effect:
         raise NotUnderstood(f"{node.name} is a bool that is added")
     truth = as_bool(tensors.evaluate(node, index))
     return Effect([truth if term.kind == "keep" else neg(truth)])
+
+
+def summands(
+    tensors: SymbolicTensors, axes: Axes, element: Element, factor: float
+) -> list[tuple[Element, float]] | None:
+    """The biases that an element is the sum of; None if it is no sum, or hides something."""
+    parts = _Walk(tensors, axes)._parts(element.node, element.index, factor)
+    if parts is None or parts.visible or parts.bias == [(element, factor)]:
+        return None
+    return parts.bias
 
 
 class _Walk:

@@ -40,17 +40,25 @@ class Bias:
     by_distance: bool = False
 
 
+Parts = list[tuple[Element, float]]
+Split = Callable[[Element, float], Parts | None]
+
+
 def classify(
-    tensors: SymbolicTensors, axes: Axes, found: list[tuple[Element, float]]
+    tensors: SymbolicTensors, axes: Axes, found: Parts, split: Split
 ) -> tuple[tuple[Bias, ...], bool]:
     """The biases, and whether some were left out because they are the same for a row's keys.
 
+    Args:
+        split: the summands of an element, each with its factor; None if it is no sum.
     Raises:
         NotUnderstood: one ties rows to keys by data.
     """
     kept: list[Bias] = []
     shifts = False
-    for element, factor in found:
+    work = list(found)
+    while work:
+        element, factor = work.pop(0)
         tree = trace(tensors, element.node, element.index)
         free = symbols_of(tree)
         if axes.key not in free:
@@ -64,7 +72,10 @@ def classify(
         elif is_computed(tensors, tree) or is_signal(tensors, element.node):
             kept.append(Bias(element, factor, by_row=True))
         else:
-            raise NotUnderstood(_refusal(element.node))
+            parts = split(element, factor)
+            if parts is None:
+                raise NotUnderstood(_refusal(element.node))
+            work = parts + work
     return tuple(kept), shifts
 
 

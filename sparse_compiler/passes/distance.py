@@ -170,10 +170,7 @@ def _joined(
     found = [(n, trace(tensors, n, index, tensors.moment(n, node, moment))) for n in parts]
     # Which part an element comes from depends on its place along the joined dimension.
     dim = argument(node, 1, "dim", 0) % len(index)
-    place = sympy.sympify(index[dim]).free_symbols
-    known = {s for _, tree in found for s in symbols_of(tree)}
-    if not place <= known:
-        found.append((node, Leaf(index[dim], node)))
+    found.append((node, Leaf(sympy.sympify(index[dim]), node)))
     return Joined(node, tuple(found))
 
 

@@ -118,7 +118,7 @@ class _Assumed:
 
     def element(self, reader: SymbolicReader, node: fx.Node, index: Index) -> Value:
         """The mask's element, as `passes.symbolic_reader` reads it."""
-        batch, _, query, key = index
+        batch, query, key = index[0], index[-2], index[-1]
         given, row = self.given, query + self.given.q_offset
         parts: list[Any] = []
         if given.left is not None:
@@ -138,9 +138,14 @@ class _Assumed:
 
 
 def may_be_mask(value: Any) -> bool:
-    """Whether a tensor has the shape and dtype of a mask for all heads: [B, 1, Lq, Lk]."""
-    if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.requires_grad:
+    """Whether a tensor has the shape and dtype of a mask for all heads: [B, 1, Lq, Lk].
+
+    Or, if it is bool, [B, Lq, Lk].
+    """
+    if not isinstance(value, torch.Tensor) or value.requires_grad:
         return False
+    if value.dim() != 4:
+        return value.dim() == 3 and value.dtype == torch.bool
     one = value.shape[1]
     known = isinstance(one, int) and one == 1
     return known and (value.dtype == torch.bool or value.dtype.is_floating_point)
@@ -161,7 +166,7 @@ def assume_masks(gm: fx.GraphModule, masks: Mapping[int, GivenMask]) -> list[fx.
         node = placeholders[position]
         value = tensor_of(node)
         assert value is not None
-        batch, _, num_q, num_k = value.shape
+        batch, num_q, num_k = value.shape[0], *value.shape[-2:]
         names = ["", ""]
         wanted = (
             (given.padded, "key_mask", (batch, num_k), torch.bool),
@@ -249,9 +254,12 @@ class _Finder:
         shape = self.tensors.shape(node)
         if not all(isinstance(n, sympy.Integer | sympy.Symbol) for n in shape):
             return None
-        symbols = [self.tensors.new_index(s, n) for s, n in zip("bhqk", shape, strict=True)]
+        full = (shape[0], _ONE, *shape[-2:])
+        symbols = [self.tensors.new_index(s, n) for s, n in zip("bhqk", full, strict=True)]
         unused = [sympy.Dummy(s, integer=True) for s in "dv"]
-        axes = Axes(*symbols, *unused, sizes=(*shape, _ONE, _ONE))
+        axes = Axes(*symbols, *unused, sizes=(*full, _ONE, _ONE))
+        if len(shape) == 3:
+            del symbols[1]
         hidden = self._hidden(node, tuple(symbols))
         kind = "keep" if value.dtype == torch.bool else "add"
         proof = self.prover.prove_form(axes, (MaskTerm(kind, Element(node, tuple(symbols))),))

@@ -69,9 +69,7 @@ class Logits:
         Raises:
             Failed: it leads there through something that the form cannot say.
         """
-        node, index = element.node, element.index
-        if self.tensors.mutations.written_between(node, node, consumer):
-            raise Failed(node, "it is written in place before it is read")
+        node, index = self._written(element.node, consumer), element.index
         if is_product(node):
             return self._read_product(node, index, factor)
         name = plain_name(node)
@@ -89,6 +87,17 @@ class Logits:
         if found:
             self.inner.append(node)
         return found
+
+    def _written(self, node: fx.Node, consumer: fx.Node) -> fx.Node:
+        """The node that wrote what ``consumer`` reads: an in-place operation on ``node``, or itself."""
+        mutations = self.tensors.mutations
+        if not mutations.written_between(node, node, consumer):
+            return node
+        writer = mutations.last_write(node, consumer)
+        first = writer.args[0] if writer is not None and writer.args else None
+        if writer is None or first is not node or plain_name(writer) not in _HANDLERS:
+            raise Failed(node, "it is written in place before it is read")
+        return writer
 
     def _through(self, node: fx.Node, source: Any, index: Index, factor: float) -> bool:
         value = tensor_of(source) if isinstance(source, fx.Node) else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import sympy
@@ -18,7 +19,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from sparse_compiler.ir.mask import Band, MaskFact, MaskProof, Proved, Refuted, Unknown
-from sparse_compiler.passes.additive import Effect, read_term
+from sparse_compiler.passes.additive import Effect, read_term, summands
 from sparse_compiler.passes.band import NotABand, find_band
 from sparse_compiler.passes.bias import classify
 from sparse_compiler.passes.form import Axes, MaskTerm
@@ -95,7 +96,8 @@ class _Proof:
                 effect = effect.join(read_term(self.tensors, self.axes, term))
             if self.is_causal:
                 effect.visible.append(sympy.Le(self.axes.key, self.axes.query, evaluate=False))
-            bias, shifts = classify(self.tensors, self.axes, effect.bias)
+            split = partial(summands, self.tensors, self.axes)
+            bias, shifts = classify(self.tensors, self.axes, effect.bias, split)
             proof = self._visibility(conj(*effect.visible))
             if not isinstance(proof, MaskFact):
                 return proof

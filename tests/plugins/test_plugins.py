@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -696,6 +697,62 @@ def test_a_wrong_executor_is_refused() -> None:
 
     with pytest.raises(PluginFailed, match=r"Unborn' .*no such device"):
         executors.executor_for("unborn", "cpu")
+
+
+# ---- the documentation ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mylib::window_mask", mutates_args=())
+def window_mask(length: int, window: int) -> Tensor:
+    place = torch.arange(length)
+    back = place[:, None] - place
+    return (back >= 0) & (back < window)
+
+
+@window_mask.register_fake
+def _(length: int, window: int) -> Tensor:
+    return torch.empty(length, length, dtype=torch.bool)
+
+
+class StageBlock(nn.Module):
+    """The attentions that the documentation's plug-ins are about."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.mylib.attention(x, x, x, True).transpose(1, 2)
+        mask = torch.ops.mylib.window_mask(x.shape[2], 20)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask).transpose(1, 2)
+
+
+def test_the_code_of_the_documentation_does_what_it_says() -> None:
+    example("matcher", "mylib_attention")  # defines the operator
+    text = (EXAMPLES.parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "documentation"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+
+    class Stages(nn.Module):
+        """Two stages of one block."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            stages = (nn.ModuleDict({"blocks": nn.ModuleList([StageBlock()])}) for _ in range(2))
+            self.stages = nn.ModuleList(stages)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in self.stages:
+                for block in stage["blocks"]:
+                    x = block(x)
+            return x
+
+    x = torch.randn(1, 90, 2, 16)
+    found = sparse_compiler.explain(Stages(), (x,), options=OPTIONS).sites
+    assert [site.code for site in found] == ["HINT_DENSE"] * 2 + [""] * 2
+    assert [site.spelling for site in found] == ["mylib::attention", "sdpa"] * 2
+    assert [site.mask for site in found] == ["causal", "causal, window 20"] * 2
+    assert {site.pattern for site in found[2:]} == {"2 x a_shape(128, 4096)"}
+    torch.compiler.reset()
+    exact = torch.compile(Stages(), backend="minference", options=OPTIONS | {"budget": 1.0})
+    assert_close(exact(x), Stages()(x))
 
 
 # ---- entry points that do not load ---------------------------------------------------------------
