@@ -19,8 +19,8 @@ from sparse_compiler import mask_tags
 from sparse_compiler.ir.report import Report
 from sparse_compiler.passes.context import PassContext
 from sparse_compiler.passes.given_masks import (
-    GivenMask,
-    ReturnedMask,
+    Given,
+    Returned,
     assume_masks,
     rests_on_given,
     return_masks,
@@ -54,7 +54,7 @@ def compile_graph(
         The callable that stands for the graph, and the report of what it does.
     """
     ctx = make_context(gm)
-    masks: dict[int, GivenMask] = {}
+    masks: dict[int, Given] = {}
     if _crosses(ctx):
         mask_tags.tag_buffers(gm, example_inputs)
         masks = mask_tags.recognise(example_inputs)
@@ -93,11 +93,11 @@ class _Assumed:
     gm: fx.GraphModule
     ctx: PassContext
     added: list[fx.Node]
-    returned: list[ReturnedMask]
+    returned: list[Returned]
 
     @classmethod
     def of(
-        cls, gm: fx.GraphModule, masks: Mapping[int, GivenMask], make_context: MakeContext
+        cls, gm: fx.GraphModule, masks: Mapping[int, Given], make_context: MakeContext
     ) -> _Assumed:
         gm = _copy(gm)
         added = assume_masks(gm, masks)
@@ -119,13 +119,13 @@ def _crosses(ctx: PassContext) -> bool:
     return not (ctx.config.dryrun or ctx.grad_enabled or ctx.blocked is not None)
 
 
-def _run(gm: fx.GraphModule, ctx: PassContext) -> list[ReturnedMask]:
+def _run(gm: fx.GraphModule, ctx: PassContext) -> list[Returned]:
     run_pipeline(gm, ctx)
     return return_masks(gm, ctx) if _crosses(ctx) else []
 
 
 def _tagging(
-    compiled: Callable[..., Any], gm: fx.GraphModule, returned: list[ReturnedMask]
+    compiled: Callable[..., Any], gm: fx.GraphModule, returned: list[Returned]
 ) -> Callable[..., Any]:
     if not returned:
         return compiled

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_compiler.passes.distance import is_parameter
-from sparse_compiler.passes.given_masks import GivenMask, ReturnedMask
+from sparse_compiler.passes.given_masks import Given, GivenMask, Returned
 
 __all__ = ["GivenGraph", "MaskTag", "TaggingGraph", "recognise", "tag_buffers", "tag_of"]
 
@@ -36,7 +36,7 @@ class MaskTag:
         place: address, sizes and strides; assigning ``.data`` changes them and does not count.
     """
 
-    given: GivenMask
+    given: Given
     key_mask: torch.Tensor | None
     bounds: torch.Tensor | None
     version: int
@@ -48,11 +48,12 @@ class MaskTag:
 
 
 _tags: Any = WeakTensorKeyDictionary()
+_RANKS = (1, 3, 4)  # of positions, and of masks without and with a dimension of heads
 
 
 def tag_of(value: Any) -> MaskTag | None:
     """The tag of a mask that nobody has changed since it was tagged, or None."""
-    if type(value) is not torch.Tensor or value.dim() not in (3, 4):
+    if type(value) is not torch.Tensor or value.dim() not in _RANKS:
         return None
     tag: MaskTag | None = _tags.get(value)
     if tag is None or tag.version != value._version:
@@ -63,7 +64,7 @@ def tag_of(value: Any) -> MaskTag | None:
         return None
 
 
-def recognise(example_inputs: Sequence[Any]) -> dict[int, GivenMask]:
+def recognise(example_inputs: Sequence[Any]) -> dict[int, Given]:
     """Which of the inputs, as Dynamo hands them to a backend, are tagged masks."""
     tags = ((at, tag_of(value)) for at, value in enumerate(example_inputs))
     return {at: tag.given for at, tag in tags if tag is not None}
@@ -115,21 +116,21 @@ class TaggingGraph:
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], num_outputs: int, masks: Sequence[ReturnedMask]
+        self, compiled: Callable[..., Any], num_outputs: int, masks: Sequence[Returned]
     ) -> None:
         self.compiled, self.num_outputs, self.masks = compiled, num_outputs, tuple(masks)
-        self._given: dict[tuple[int, tuple[int, ...]], GivenMask | None] = {}
+        self._given: dict[tuple[int, tuple[int, ...]], Given | None] = {}
 
     def __call__(self, *args: Any) -> Any:
         outputs = self.compiled(*args)
         kept = list(outputs[: self.num_outputs])
         for mask in self.masks:
             value = kept[mask.position]
-            if type(value) is torch.Tensor and value.dim() in (3, 4):
+            if type(value) is torch.Tensor and value.dim() in _RANKS:
                 kept[mask.position] = self._tagged(mask, outputs, args)
         return kept if isinstance(outputs, list) else tuple(kept)
 
-    def _tagged(self, mask: ReturnedMask, outputs: Sequence[Any], args: Sequence[Any]) -> Any:
+    def _tagged(self, mask: Returned, outputs: Sequence[Any], args: Sequence[Any]) -> Any:
         """The mask, with a tag if nobody else holds its memory: who does could write unnoticed."""
         value = outputs[mask.position]
         given = self._says(mask, tuple(value.shape))
@@ -142,7 +143,7 @@ class TaggingGraph:
         _tags[value] = MaskTag(given, key_mask, bounds, value._version, _place(value))
         return value
 
-    def _says(self, mask: ReturnedMask, shape: tuple[int, ...]) -> GivenMask | None:
+    def _says(self, mask: Returned, shape: tuple[int, ...]) -> Given | None:
         key = (mask.position, shape)
         if key not in self._given:
             if len(self._given) > 1000:  # a new shape at every call: only the newest matter
@@ -165,7 +166,7 @@ class GivenGraph:
         self,
         assuming: Callable[..., Any],
         plain: Callable[..., Any],
-        masks: dict[int, GivenMask],
+        masks: dict[int, Given],
         written: Sequence[int],
     ) -> None:
         self.assuming, self.plain = assuming, plain

@@ -34,8 +34,12 @@ from sparse_compiler.passes.symbolic_tensor import (
 from sparse_compiler.passes.symbolic_values import Choice, Value, as_bool, conj, is_bool
 
 __all__ = [
+    "Given",
     "GivenMask",
+    "GivenPositions",
+    "Returned",
     "ReturnedMask",
+    "ReturnedPositions",
     "assume_masks",
     "is_mask_input",
     "may_be_mask",
@@ -67,6 +71,28 @@ class GivenMask:
     bounded: bool = False
     hidden: float | None = None
     exact: bool = True
+
+
+@dataclass(frozen=True)
+class GivenPositions:
+    """A tensor that counts up from ``first``, from which another graph may make a mask."""
+
+    first: int
+    padded: bool = False
+    bounded: bool = False
+
+
+@dataclass(frozen=True)
+class ReturnedPositions:
+    """An output of a graph that counts up from ``first``; see `ReturnedMask`."""
+
+    position: int
+    first: int
+    key_mask: None = None
+    bounds: None = None
+
+    def given(self, shape: Iterable[int]) -> GivenPositions:
+        return GivenPositions(self.first)
 
 
 @dataclass(frozen=True)
@@ -108,18 +134,25 @@ class ReturnedMask:
         )
 
 
+Given = GivenMask | GivenPositions
+Returned = ReturnedMask | ReturnedPositions
+
+
 @dataclass(frozen=True)
 class _Assumed:
     """On the node of a mask: what it says, and the names of the placeholders that it needs."""
 
-    given: GivenMask
+    given: GivenMask | GivenPositions
     key_mask: str
     bounds: str
 
     def element(self, reader: SymbolicReader, node: fx.Node, index: Index) -> Value:
         """The mask's element, as `passes.symbolic_reader` reads it."""
+        given = self.given
+        if isinstance(given, GivenPositions):
+            return index[0] + given.first
         batch, query, key = index[0], index[-2], index[-1]
-        given, row = self.given, query + self.given.q_offset
+        row = query + given.q_offset
         parts: list[Any] = []
         if given.left is not None:
             parts.append(sympy.Ge(key, row - given.left, evaluate=False))
@@ -151,7 +184,12 @@ def may_be_mask(value: Any) -> bool:
     return known and (value.dtype == torch.bool or value.dtype.is_floating_point)
 
 
-def assume_masks(gm: fx.GraphModule, masks: Mapping[int, GivenMask]) -> list[fx.Node]:
+def may_be_positions(value: Any) -> bool:
+    """Whether a tensor has the shape and dtype of a list of positions."""
+    return isinstance(value, torch.Tensor) and value.dim() == 1 and value.dtype == torch.int64
+
+
+def assume_masks(gm: fx.GraphModule, masks: Mapping[int, Given]) -> list[fx.Node]:
     """Have the graph take inputs for what they are said to be.
 
     Args:
@@ -166,6 +204,9 @@ def assume_masks(gm: fx.GraphModule, masks: Mapping[int, GivenMask]) -> list[fx.
         node = placeholders[position]
         value = tensor_of(node)
         assert value is not None
+        if isinstance(given, GivenPositions):
+            node.meta[GIVEN] = _Assumed(given, "", "")
+            continue
         batch, num_q, num_k = value.shape[0], *value.shape[-2:]
         names = ["", ""]
         wanted = (
@@ -203,7 +244,7 @@ def is_mask_input(form: AttentionForm, tensors: SymbolicTensors) -> bool:
     return pairs and all(n.op == "placeholder" for n in first)
 
 
-def return_masks(gm: fx.GraphModule, ctx: PassContext) -> list[ReturnedMask]:
+def return_masks(gm: fx.GraphModule, ctx: PassContext) -> list[Returned]:
     """Find the outputs that are masks, and return what they need after the graph's own outputs.
 
     Args:
@@ -216,7 +257,8 @@ def return_masks(gm: fx.GraphModule, ctx: PassContext) -> list[ReturnedMask]:
     outputs = output.args[0]
     if not isinstance(outputs, tuple | list):
         return []
-    if not any(isinstance(n, fx.Node) and may_be_mask(tensor_of(n)) for n in outputs):
+    values = [tensor_of(n) for n in outputs if isinstance(n, fx.Node)]
+    if not any(may_be_mask(value) or may_be_positions(value) for value in values):
         return []
     tensors = SymbolicTensors(gm.graph)
     finder = _Finder(gm, tensors, MaskProver(tensors), output)
@@ -239,16 +281,24 @@ class _Finder:
         self.first = len(output.args[0])  # type: ignore[arg-type]
         self.added: list[fx.Node] = []
 
-    def find(self, position: int, node: fx.Node) -> ReturnedMask | None:
+    def find(self, position: int, node: fx.Node) -> Returned | None:
         value = tensor_of(node)
-        if value is None or not may_be_mask(value):
+        if value is None or not (may_be_mask(value) or may_be_positions(value)):
             return None
         try:
             # What is returned is what the memory holds at the end.
             with self.tensors.reading(self.output, None):
+                if value.dim() == 1:
+                    return self._positions(position, node)
                 return self._find(position, node, value)
         except (Mutated, NotUnderstood, SizeMissing):
             return None
+
+    def _positions(self, position: int, node: fx.Node) -> ReturnedPositions | None:
+        index = self.tensors.new_index("i", self.tensors.shape(node)[0])
+        value = self.tensors.evaluate(node, (index,))
+        first = value - index if isinstance(value, sympy.Expr) else None
+        return ReturnedPositions(position, int(first)) if isinstance(first, sympy.Integer) else None
 
     def _find(self, position: int, node: fx.Node, value: torch.Tensor) -> ReturnedMask | None:
         shape = self.tensors.shape(node)
