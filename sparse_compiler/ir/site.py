@@ -65,6 +65,7 @@ class AttentionSite:
         dropout: probability, 0 at inference.
         softcap: tanh soft cap of the scores, 0 for none.
         sinks: [Hq], an extra logit of each head without a value, or None.
+        log_sums: nodes that hold the log-sum-exp of the logits, and views to them from [B, Hq, Lq].
         spelling: how the attention is written in the graph, e.g. ``sdpa``.
         layer: index parsed from the module path, or None where unknown.
         path: module path, or "" where unknown.
@@ -86,12 +87,18 @@ class AttentionSite:
     dropout: float
     softcap: float
     sinks: Operand | None
+    log_sums: tuple[tuple[fx.Node, tuple[Step, ...]], ...]
     spelling: str
     layer: int | None
     path: str
     source: str
     head_offset: int
     global_heads: int
+
+    @property
+    def anchor(self) -> fx.Node:
+        """Where the attention is first read: it has to be computed before this node."""
+        return min((self.node, *(node for node, _ in self.log_sums)))
 
     @property
     def query_shape(self) -> tuple[int, ...]:

@@ -18,9 +18,11 @@ __all__ = [
     "CASTS",
     "LIMIT",
     "Failed",
+    "absorbed",
     "computed_alike",
     "free_symbols",
     "is_dead",
+    "is_log_sum",
     "is_parameter",
     "is_row_maximum",
     "is_view",
@@ -98,6 +100,25 @@ def is_dead(node: fx.Node, depth: int = 8) -> bool:
     if not depth or node.op == "output" or not is_pure(node):
         return False
     return all(is_dead(user, depth - 1) for user in node.users)
+
+
+def absorbed(node: fx.Node, region: set[fx.Node], depth: int = 6) -> bool:
+    """Whether all that comes of ``node`` is read inside of a region only, or not at all."""
+    if node in region or only_asks(node):
+        return True
+    if not depth or node.op == "output" or not node.users:
+        return False
+    return all(absorbed(user, region, depth - 1) for user in node.users)
+
+
+def is_log_sum(node: fx.Node, logits: fx.Node) -> bool:
+    """Whether ``node`` is the log-sum-exp of a row of ``logits``."""
+    value = tensor_of(logits)
+    if operation(node) != "logsumexp" or argument(node, 0, "input") is not logits or value is None:
+        return False
+    dim = argument(node, 1, "dim")
+    dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+    return dim in (-1, value.dim() - 1)
 
 
 def only_asks(node: fx.Node) -> bool:

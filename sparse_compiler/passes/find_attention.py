@@ -115,14 +115,21 @@ class _Operands:
 
     def output(self) -> tuple[Step, ...]:
         """Views from [B, H, Lq, Dv] to the node that is replaced."""
+        return self._steps_to(self.form.output, self.form.axes.value_dim)
+
+    def log_sums(self) -> tuple[tuple[fx.Node, tuple[Step, ...]], ...]:
+        """The nodes that hold the log-sum-exp, and views from [B, H, Lq] to them."""
+        return tuple((e.node, self._steps_to(e)) for e in self.form.log_sums)
+
+    def _steps_to(self, element: Element, *last: sympy.Symbol) -> tuple[Step, ...]:
         own = self.form.axes
-        symbols = (own.batch, own.head, own.query, own.value_dim)
-        sizes = (*own.sizes[:3], own.sizes[5])
-        steps = inverse_steps(self.form.output, Wanted(symbols, sizes, head=1), self.tensors)
+        symbols = (own.batch, own.head, own.query, *last)
+        sizes = (*own.sizes[:3], *own.sizes[5 : 5 + len(last)])
+        steps = inverse_steps(element, Wanted(symbols, sizes, head=1), self.tensors)
         if steps is None:
+            index = list(map(str, element.index))
             raise NotUnderstood(
-                f"the result {self.form.output.node.name}{list(map(str, self.form.output.index))} is "
-                "no view of [B, H, Lq, Dv]"
+                f"the result {element.node.name}{index} is no view of [B, H, Lq, ..]"
             )
         return steps
 
@@ -146,6 +153,11 @@ def _site(
     heads, kv_heads = int(query.shape[1]), int(key.shape[1])
     if heads != kv_heads * groups or int(value.shape[1]) != kv_heads:
         raise NotUnderstood(f"{heads} query heads do not share {kv_heads} key heads evenly")
+    log_sums = operands.log_sums()
+    first = min((node, *(old for old, _ in log_sums)))
+    late = [o.node for o in (query, key, value) if not o.node < first]
+    if late:
+        raise NotUnderstood(f"{late[0].name} is computed after {first.name} is read")
     return AttentionSite(
         node=node,
         query=query,
@@ -160,6 +172,7 @@ def _site(
         dropout=_number(form.dropout, default=0.0),
         softcap=form.softcap,
         sinks=sinks,
+        log_sums=log_sums,
         spelling=form.spelling,
         layer=layer,
         path=module_path(node),

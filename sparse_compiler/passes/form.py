@@ -85,6 +85,7 @@ class AttentionForm:
         factors: elements over (b, h, q) that multiply the scores, beside the scale; True: divide.
         spelling: the matcher's name for reports, e.g. ``sdpa`` or ``softmax chain``.
         inner: nodes between the operands and the output that nobody else reads.
+        log_sums: nodes that hold the logarithm of the softmax's denominator at (b, h, q).
         obstacle: why the form cannot be rewritten although it was recognised, ("", "") if it can.
     """
 
@@ -102,4 +103,5 @@ class AttentionForm:
     factors: tuple[tuple[Element, bool], ...] = ()
     spelling: str = "sdpa"
     inner: tuple[fx.Node, ...] = ()
+    log_sums: tuple[Element, ...] = ()
     obstacle: tuple[str, str] = field(default=("", ""))

@@ -26,10 +26,10 @@ def prove_masks(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
         form: AttentionForm = state.form
         state.proof = proof = prover.prove_form(form.axes, form.terms, form.is_causal)
         touched += 1
-        if isinstance(proof, Proved) and proof.fact.row_shift and form.sinks is not None:
+        if isinstance(proof, Proved) and proof.fact.row_shift and (form.sinks or form.log_sums):
             state.fail(
                 Code.MASK_UNKNOWN,
-                "a bias that is the same for a whole row does not cancel beside sinks",
+                "a bias that is the same for a whole row does not cancel beside sinks or in a log-sum-exp",
             )
         if state.report is None:
             continue

@@ -13,7 +13,7 @@ from torch._dynamo.source import ConstantSource
 from sparse_compiler.ir.mask import MaskFact, Proved
 from sparse_compiler.ir.pattern import LayerPatterns
 from sparse_compiler.ir.report import Code, PassReport
-from sparse_compiler.ir.site import AttentionSite, Operand
+from sparse_compiler.ir.site import AttentionSite, Operand, Step
 from sparse_compiler.passes.context import META, Decision, PassContext, SiteState
 from sparse_compiler.passes.grid import call
 from sparse_compiler.passes.mask_operands import MaskEmitter
@@ -104,7 +104,7 @@ class _Rewriter:
         self, state: SiteState, site: AttentionSite, fact: MaskFact, decision: Decision
     ) -> None:
         graph, node, report = self.graph, site.node, state.report
-        with graph.inserting_before(node):
+        with graph.inserting_before(site.anchor):
             # First what may fail, so that nothing else has been inserted then.
             mask = self.masks.operands(state.form.axes, fact, site)
             sinks = None if site.sinks is None else self._emit(site.sinks)
@@ -112,10 +112,8 @@ class _Rewriter:
             q = self._scaled(q, site)
             number = self.ctx.site_numbers()
             both = self._call_operators(site, decision, (q, k, v), mask, sinks, number)
-            out = call(graph, operator.getitem, both, 0)
-            for method, arguments in site.output:
-                out = call(graph, method, out, *arguments)
-            out = self._like(out, node)
+            out = self._result(call(graph, operator.getitem, both, 0), site.output, node)
+            log_sum = call(graph, operator.getitem, both, 1) if site.log_sums else None
         if report is not None:
             report.number = number
         example = out.meta.get("example_value")
@@ -124,9 +122,24 @@ class _Rewriter:
         self.left += [*state.form.inner, *node.all_input_nodes]
         self.left += [t.where.node for t in state.form.terms]
         self.owned |= set(state.form.inner)
-        node.replace_all_uses_with(out)
-        self.replaced[node] = out
-        graph.erase_node(node)
+        self._replace(node, out)
+        for old, steps in site.log_sums:
+            assert log_sum is not None
+            with graph.inserting_after(log_sum):
+                new = self._result(log_sum, steps, old)
+            self.left += old.all_input_nodes
+            self._replace(old, new)
+
+    def _result(self, value: fx.Node, steps: tuple[Step, ...], node: fx.Node) -> fx.Node:
+        """What the operators return, as the node that it replaces holds it."""
+        for method, arguments in steps:
+            value = call(self.graph, method, value, *arguments)
+        return self._like(value, node)
+
+    def _replace(self, node: fx.Node, new: fx.Node) -> None:
+        node.replace_all_uses_with(new)
+        self.replaced[node] = new
+        self.graph.erase_node(node)
 
     def _emit(self, operand: Operand) -> fx.Node:
         node = self.replaced.get(operand.node, operand.node)

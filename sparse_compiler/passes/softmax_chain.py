@@ -20,8 +20,10 @@ from sparse_compiler.passes.chain_steps import (
     CASTS,
     LIMIT,
     Failed,
+    absorbed,
     computed_alike,
     free_symbols,
+    is_log_sum,
     only_asks,
     plain_name,
 )
@@ -91,6 +93,7 @@ class _Chain:
         self.logits = Logits(tensors)
         self.cleared: list[fx.Node] = []
         self.inner: list[fx.Node] = [node]
+        self.log_sums: list[Element] = []
 
     def form(self) -> AttentionForm | None:
         logits, tensors = self.logits, self.tensors
@@ -111,11 +114,33 @@ class _Chain:
             self._check_cleared((*rows, logits.key))
             if shape[-1] != second.size and logits.sinks is None:
                 raise Failed(self.node, "weights are cut off after softmax")
+            self._check_readers(rows)
         except Failed as failed:
             return unread_form(self.node, second.node, tensors, (failed.code, str(failed)))
         except Mutated as mutated:
             return unread_form(self.node, second.node, tensors, (Code.CHAIN, str(mutated)))
         return _Roles(self, rows, second).form()
+
+    def _check_readers(self, rows: Index) -> None:
+        """The logits must have no other readers than their log-sum-exp, which attention knows."""
+        inner = {self.node, *self.logits.inner}
+        final = self._final_logits()
+        for node in self.logits.inner:
+            for user in node.users:
+                if absorbed(user, inner):
+                    continue
+                if node not in final or not is_log_sum(user, node) or self.logits.sinks is not None:
+                    raise Failed(node, f"{user.name} reads the scores themselves", Code.WEIGHTS)
+                kept = len(self.tensors.shape(user)) > len(rows)
+                self.log_sums.append(Element(user, (*rows, sympy.Integer(0)) if kept else rows))
+
+    def _final_logits(self) -> set[fx.Node]:
+        """What softmax reads, before and after casts."""
+        node, found = self.source, {self.source}
+        while plain_name(node) in CASTS and isinstance(argument(node, 0, "input"), fx.Node):
+            node = argument(node, 0, "input")
+            found.add(node)
+        return found
 
     # -- forward: the product with the values ------------------------------------------------------
 
@@ -282,6 +307,7 @@ class _Roles:
             factors=tuple((substituted(e, mapping), divides) for e, divides in logits.factors),
             spelling="softmax chain",
             inner=tuple(dict.fromkeys((*self.chain.inner, *logits.inner))),
+            log_sums=tuple(substituted(e, mapping) for e in self.chain.log_sums),
         )
 
     def _value_axis(self) -> sympy.Symbol | None:
