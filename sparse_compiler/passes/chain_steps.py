@@ -19,6 +19,7 @@ __all__ = [
     "LIMIT",
     "Failed",
     "absorbed",
+    "asks_of_other",
     "computed_alike",
     "free_symbols",
     "is_dead",
@@ -109,6 +110,13 @@ def absorbed(node: fx.Node, region: set[fx.Node], depth: int = 6) -> bool:
     if not depth or node.op == "output" or not node.users:
         return False
     return all(absorbed(user, region, depth - 1) for user in node.users)
+
+
+def asks_of_other(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` reads no more of ``node`` than its dtype or shape."""
+    name = operation(user) or ""
+    like = name in ("type_as", "view_as", "expand_as", "reshape_as") and user.args[0] is not node
+    return like or name.endswith("_like") or name.startswith("new_")
 
 
 def is_log_sum(node: fx.Node, logits: fx.Node) -> bool:

@@ -21,11 +21,14 @@ from sparse_compiler.passes.symbolic_views import VIEWS
 __all__ = ["is_signal"]
 
 _MADE = frozenset({"linear", "embedding", "conv1d", "conv2d", "layer_norm", "rms_norm"})
-_MOVED = frozenset(
+_CASTS = frozenset(
     {"to", "_to_copy", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous"}
-    | {"clone", "detach", "alias", "gather", "index_select", "take_along_dim", "roll", "cat"}
-    | {"concat", "stack", "split", "chunk", "unbind"}
+    | {"clone", "detach", "alias"}
 )
+_MOVED = _CASTS | {
+    *("gather", "index_select", "take_along_dim", "roll", "cat", "concat", "stack"),
+    *("split", "chunk", "unbind"),
+}
 _COMBINED = frozenset(
     {"add", "sub", "mul", "div", "truediv", "neg", "iadd", "isub", "imul", "itruediv"}
     | {"__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__truediv__", "add_", "mul_"}
@@ -66,6 +69,8 @@ def _sources(tensors: SymbolicTensors, node: fx.Node) -> list[fx.Node] | None:
     if name in VIEWS or name in _MOVED or name in _COMBINED or name in _FILLED:
         floats: list[fx.Node] = []
         fx.map_arg((node.args, node.kwargs), floats.append)
+        if name in _CASTS and floats and not _is_float(floats[0]):
+            return None  # a mask of bools or ints as numbers
         return [n for n in floats if _is_float(n) and not _is_constant(tensors, n)]
     return None
 

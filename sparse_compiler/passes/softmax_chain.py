@@ -21,6 +21,7 @@ from sparse_compiler.passes.chain_steps import (
     LIMIT,
     Failed,
     absorbed,
+    asks_of_other,
     computed_alike,
     free_symbols,
     is_log_sum,
@@ -127,7 +128,7 @@ class _Chain:
         final = self._final_logits()
         for node in self.logits.inner:
             for user in node.users:
-                if absorbed(user, inner):
+                if absorbed(user, inner) or asks_of_other(user, node):
                     continue
                 if node not in final or not is_log_sum(user, node) or self.logits.sinks is not None:
                     raise Failed(node, f"{user.name} reads the scores themselves", Code.WEIGHTS)
