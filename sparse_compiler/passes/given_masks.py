@@ -159,10 +159,10 @@ class _Assumed:
         if given.right is not None:
             parts.append(sympy.Le(key, row + given.right, evaluate=False))
         if given.padded:
-            mask = reader.evaluate(_placeholder(node.graph, self.key_mask), (batch, key))
+            mask = reader.evaluate(_named(node, self.key_mask), (batch, key))
             parts.append(as_bool(mask))
         if given.bounded:
-            bounds = _placeholder(node.graph, self.bounds)
+            bounds = _named(node, self.bounds)
             low, high = (reader.evaluate(bounds, (batch, query, n)) for n in (_ZERO, _ONE))
             parts.append(sympy.Le(low, key, evaluate=False))  # type: ignore[arg-type]
             parts.append(sympy.Le(key, high, evaluate=False))  # type: ignore[arg-type]
@@ -171,10 +171,7 @@ class _Assumed:
 
 
 def may_be_mask(value: Any) -> bool:
-    """Whether a tensor has the shape and dtype of a mask for all heads: [B, 1, Lq, Lk].
-
-    Or, if it is bool, [B, Lq, Lk].
-    """
+    """Whether a tensor may be a mask for all heads: [B, 1, Lq, Lk], or bool [B, Lq, Lk]."""
     if not isinstance(value, torch.Tensor) or value.requires_grad:
         return False
     if value.dim() != 4:
@@ -374,15 +371,14 @@ def _producers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
+def _named(node: fx.Node, name: str) -> fx.Node:
+    return next(n for n in node.graph.nodes if n.name == name)
+
+
 def _ends_in(tensors: SymbolicTensors, node: fx.Node, sizes: tuple[Any, ...]) -> bool:
-    try:
-        return tensors.shape(node)[-len(sizes) :] == sizes and 1 not in sizes
-    except NotUnderstood:
+    if tensor_of(node) is None:
         return False
-
-
-def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    return next(n for n in graph.nodes if n.name == name)
+    return tensors.shape(node)[-len(sizes) :] == sizes and 1 not in sizes
 
 
 def _add_placeholder(graph: fx.Graph, last: fx.Node, name: str, mask: fx.Node) -> fx.Node:

@@ -21,7 +21,7 @@ from sparse_compiler.passes.purity import is_pure
 from sparse_compiler.passes.remove_dead import remove_dead
 from sparse_compiler.passes.sdpa import is_sdpa, sdpa_arguments
 from sparse_compiler.passes.sizes import SizeMissing
-from sparse_compiler.passes.symbolic_reader import operation
+from sparse_compiler.passes.symbolic_reader import operation, size_expr
 from sparse_compiler.passes.symbolic_tensor import HANDLERS, NotUnderstood
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits
@@ -54,6 +54,7 @@ class _Rewriter:
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.left: list[fx.Node] = []
         self.owned: set[fx.Node] = set()
+        self.examples: dict[Any, Any] = {}
 
     def run(self) -> tuple[int, tuple[str, ...]]:
         changed = sum(self._rewrite(node, state) for node, state in self.ctx.states(self.gm))
@@ -183,13 +184,11 @@ class _Rewriter:
         chosen = [registry.get(name) for name in patterns.names]
         readers = [pattern.number for pattern in chosen if pattern.reads_summary]
         ops = torch.ops.sparse_compiler
-        summary = call(
-            graph,
+        summary = self._index_call(
             ops.summarize_keys.default,
             *(k, mask.rows, mask.key_mask, capability.block_k, readers, *choice),
         )
-        index = call(
-            graph,
+        index = self._index_call(
             ops.select.default,
             *(q, k, summary, params, *mask.band, site.scale, *blocking),
             [pattern.number for pattern in chosen],
@@ -197,12 +196,40 @@ class _Rewriter:
             limits,
             *choice,
         )
-        lists = [call(graph, operator.getitem, index, i) for i in range(11)]
+        lists = []
+        for i, example in enumerate(index.meta["example_value"]):
+            lists.append(graph.call_function(operator.getitem, (index, i)))
+            lists[i].meta["example_value"] = example
         return call(
             graph,
             ops.attend.default,
             *(q, k, v, *lists, *mask.band, site.scale, site.softcap, sinks, *blocking, *choice),
         )
+
+    def _index_call(self, target: Any, *args: Any) -> fx.Node:
+        """A call whose result only the operators read, so that sites of equal sizes share its fake one.
+
+        The last argument, the site's number, says nothing about the result.
+        """
+        key = (target, _signature(args[:-1]))
+        if key not in self.examples:
+            node = call(self.graph, target, *args)
+            self.examples[key] = node.meta["example_value"]
+            return node
+        node = self.graph.call_function(target, args)
+        node.meta["example_value"] = self.examples[key]
+        return node
+
+
+def _signature(value: Any) -> Any:
+    """What the fake result of a call depends on, for an argument or several."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value", value.meta.get("val"))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, *(size_expr(n) for n in value.shape)
+    if isinstance(value, torch.SymInt):
+        return size_expr(value)
+    return tuple(map(_signature, value)) if isinstance(value, tuple | list) else value
 
 
 def _slots(patterns: LayerPatterns, causal: bool) -> list[tuple[int, int]]:

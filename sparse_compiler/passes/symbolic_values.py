@@ -1,7 +1,6 @@
 """Values that a tensor's element can have when it is read as a function of its position.
 
-An element is one of: a sympy integer expression (integer tensors), a sympy Boolean (bool tensors),
-    a
+An element is one of: a sympy integer expression (integer tensors), a sympy Boolean (bool tensors), a
 Python float (float constants) or a `Choice` between two numbers (what casts of predicates and
 additive masks are made of). Relations stay unevaluated: sympy's own simplification costs
 milliseconds and islpy decides them anyway.
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import sympy
+import sympy.tensor.tensor  # noqa: F401 - else the first sum of all loads it, for 0.2 seconds
 import torch
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 

@@ -17,6 +17,7 @@ from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInv
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import NEVER, SiteShape, Tile
+from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import BandRule, SelectRequest
 from sparse_compiler.runtime.attend_plan import attend_plan
 from sparse_compiler.runtime.executor import Executor, Problem
@@ -150,6 +151,9 @@ class TritonExecutor(Executor):
         usual = super().tile(shape, patterns)
         if shape is None or not torch.cuda.is_available():
             return usual
+        parts = {registry.get(name).component for name in patterns.names}
+        if not shape.causal and "band" in parts:
+            return usual  # the model knows columns and distances of causal masks only
         return _tile(shape, patterns, usual, torch.cuda.get_device_name())
 
     def attend(
@@ -174,9 +178,7 @@ class TritonExecutor(Executor):
             kv_scales: positive (k_scale, v_scale), broadcastable to [B, Hkv], of a k and v in
                 float8_e4m3fn; None is 1.
         """
-        self._check(q, k, v, softcap)
-        if kv_scales is not None and k.dtype != torch.float8_e4m3fn:
-            raise TensorInvalid("k and v with kv_scales", "of float8_e4m3fn", k.dtype)
+        self._check(q, k, v, softcap, kv_scales)
         _check_blocks(geometry)
         sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         bounds = checked_bounds(bounds, sizes)
@@ -329,7 +331,11 @@ class TritonExecutor(Executor):
                 interpret=_interpreting(),
             )
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, softcap: float) -> None:
+    def _check(
+        self, q: Tensor, k: Tensor, v: Tensor, softcap: float, kv_scales: object = None
+    ) -> None:
+        if kv_scales is not None and k.dtype != torch.float8_e4m3fn:
+            raise TensorInvalid("k and v with kv_scales", "of float8_e4m3fn", k.dtype)
         if q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
             raise ShapeMismatch(
                 "shapes of q, k and v",

@@ -311,7 +311,10 @@ def _read(row: Row, records: list[tuple[fx.GraphModule, Report]]) -> None:
                     "mask": site.mask,
                 }
             )
-        if report.sites and report.rewritten == len(report.sites):
+        # A bias of row and key is computed from pairs; what was assumed of a mask before a graph break
+        # is not in the graph that is remembered.
+        known = any("bias" in s.mask or "graph break" in s.mask for s in report.sites)
+        if report.sites and report.rewritten == len(report.sites) and not known:
             row.mask_left = (row.mask_left or []) + pair_tensors(gm, report)
 
 

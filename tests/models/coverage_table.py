@@ -101,7 +101,7 @@ def summary(rows: list[Row]) -> list[str]:
         f"{sum(m.rewritten for m in models)} rewritten, "
         f"{sum(m.missed for m in models)} softmaxes over keys that are no site",
         f"{sum(states[s] for s in _BAD)} rows that stock passes and ours does not",
-        f"{sum(bool(m.mask_left) for m in models)} architectures with a tensor [Lq, Lk] left in a "
+        f"{sum(bool(m.mask_left) for m in models)} architectures with a mask [Lq, Lk] left in a "
         "graph whose sites were all rewritten",
     ]
 

@@ -60,9 +60,9 @@ def _value(node: fx.Node) -> torch.Tensor | None:
 
 
 def pair_tensors(gm: fx.GraphModule, report: Report) -> list[str]:
-    """Nodes that hold one value for each query and key of some site, as ``name dtype shape``.
+    """Nodes that hold a truth value for each query and key of some site, as ``name dtype shape``.
 
-    Only for sizes that nothing else in the model has; views that repeat one row or column hold no
+    Additive masks are made of bool ones; scores of linear attention and biases are no masks. Only for sizes that nothing else in the model has; views that repeat one row or column hold no
     such tensor.
     """
     pairs = set()
@@ -78,7 +78,8 @@ def pair_tensors(gm: fx.GraphModule, report: Report) -> list[str]:
             continue
         if any(not isinstance(size, int) for size in value.shape[-2:]):
             continue
-        if tuple(value.shape[-2:]) in pairs and all(value.stride()[-2:]):
+        of_pairs = tuple(value.shape[-2:]) in pairs and all(value.stride()[-2:])
+        if of_pairs and value.dtype == torch.bool:
             found.append(f"{node.name} {value.dtype} {list(value.shape)}")
     return found
 
