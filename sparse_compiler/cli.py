@@ -83,6 +83,14 @@ def env() -> None:
 
 
 @app.command(**PASS_ON)
+def explain(context: typer.Context) -> None:
+    """Show what happens to every attention of an architecture. See `explain --help`."""
+    from sparse_compiler.cli_explain import explain_command
+
+    run_command(explain_command, context)
+
+
+@app.command(**PASS_ON)
 def tune(context: typer.Context) -> None:
     """Measure this device and keep the constants of the cost model. See `tune --help`."""
     from sparse_compiler.cli_tune import tune_command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
 from typing import Any
@@ -113,8 +114,8 @@ class _Rewriter:
             q = self._scaled(q, site)
             number = self.ctx.site_numbers()
             both = self._call_operators(site, decision, (q, k, v), mask, sinks, number)
-            out = self._result(call(graph, operator.getitem, both, 0), site.output, node)
-            log_sum = call(graph, operator.getitem, both, 1) if site.log_sums else None
+            out = self._result(self._item(both, 0), site.output, node)
+            log_sum = self._item(both, 1) if site.log_sums else None
         if report is not None:
             report.number = number
         example = out.meta.get("example_value")
@@ -184,11 +185,11 @@ class _Rewriter:
         chosen = [registry.get(name) for name in patterns.names]
         readers = [pattern.number for pattern in chosen if pattern.reads_summary]
         ops = torch.ops.sparse_compiler
-        summary = self._index_call(
+        summary = self._operator(
             ops.summarize_keys.default,
             *(k, mask.rows, mask.key_mask, capability.block_k, readers, *choice),
         )
-        index = self._index_call(
+        index = self._operator(
             ops.select.default,
             *(q, k, summary, params, *mask.band, site.scale, *blocking),
             [pattern.number for pattern in chosen],
@@ -196,28 +197,33 @@ class _Rewriter:
             limits,
             *choice,
         )
-        lists = []
-        for i, example in enumerate(index.meta["example_value"]):
-            lists.append(graph.call_function(operator.getitem, (index, i)))
-            lists[i].meta["example_value"] = example
-        return call(
-            graph,
+        lists = [self._item(index, i) for i in range(11)]
+        return self._operator(
             ops.attend.default,
             *(q, k, v, *lists, *mask.band, site.scale, site.softcap, sinks, *blocking, *choice),
         )
 
-    def _index_call(self, target: Any, *args: Any) -> fx.Node:
-        """A call whose result only the operators read, so that sites of equal sizes share its fake one.
+    def _item(self, node: fx.Node, position: int) -> fx.Node:
+        item = self.graph.call_function(operator.getitem, (node, position))
+        item.meta["example_value"] = node.meta["example_value"][position]
+        return item
 
-        The last argument, the site's number, says nothing about the result.
+    def _operator(self, target: Any, *args: Any) -> fx.Node:
+        """A call of an operator; sites of equal sizes share its fake result, which is slow to make.
+
+        The last argument, the site's number, says nothing about it. Only the operators read what the
+        first two return; others may write to what attention returns, so that gets its own memory.
         """
         key = (target, _signature(args[:-1]))
         if key not in self.examples:
             node = call(self.graph, target, *args)
             self.examples[key] = node.meta["example_value"]
             return node
-        node = self.graph.call_function(target, args)
-        node.meta["example_value"] = self.examples[key]
+        node, example = self.graph.call_function(target, args), self.examples[key]
+        if target is torch.ops.sparse_compiler.attend.default:
+            with getattr(example[0], "fake_mode", None) or contextlib.nullcontext():
+                example = tuple(torch.empty_like(e) for e in example)
+        node.meta["example_value"] = example
         return node
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import sympy
-import sympy.tensor.tensor  # noqa: F401 - else the first sum of all loads it, for 0.2 seconds
+import sympy.tensor.tensor
 import torch
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 

@@ -29,28 +29,25 @@ LAYOUTS = {
     "grouped": "bkgld",
     "headless": "bld",
 }
-PRODUCTS = "matmul at bmm baddbmm baddbmm_beta einsum einsum_dots swapped keys_turned_early".split()
+PRODUCTS = ["matmul", "at", "bmm", "baddbmm", "baddbmm_beta", "einsum", "einsum_dots", "swapped", "keys_turned_early"]
 CHOICES: dict[str, list[str]] = {
     "layout": list(LAYOUTS),
-    "gqa": "none interleave expand tiled broadcast".split(),
+    "gqa": ["none", "interleave", "expand", "tiled", "broadcast"],
     "product": PRODUCTS,
-    "scale": "mul div q k both alpha root temperature temperature_q reciprocal none".split(),
-    "view": "no yes".split(),
-    "softcap": "no yes div_mul".split(),
-    "bias": "none full row_key alibi".split(),
-    "mask": (
-        "min inf inf_zeros masked_fill where where_not one_minus fill_ fill_used add_ add_used"
-        " plus_assign into"
-    ).split(),
-    "see": "causal all tril window padding causal_padding bidirectional".split(),
-    "sinks": "none last first".split(),
-    "minus_max": "no amax max detach".split(),
-    "softmax": "method functional float32 float32_back upcast exp logsumexp".split(),
-    "dropout": "none zero eval module".split(),
-    "value": "same wide".split(),
-    "out": "keep back flat contiguous".split(),
-    "whole": "single chunks chain pair".split(),
-    "rows": "square fewer".split(),
+    "scale": ["mul", "div", "q", "k", "both", "alpha", "root", "temperature", "temperature_q", "reciprocal", "none"],
+    "view": ["no", "yes"],
+    "softcap": ["no", "yes", "div_mul"],
+    "bias": ["none", "full", "row_key", "alibi"],
+    "mask": ["min", "inf", "inf_zeros", "masked_fill", "where", "where_not", "one_minus", "fill_", "fill_used", "add_", "add_used", "plus_assign", "into"],
+    "see": ["causal", "all", "tril", "window", "padding", "causal_padding", "bidirectional"],
+    "sinks": ["none", "last", "first"],
+    "minus_max": ["no", "amax", "max", "detach"],
+    "softmax": ["method", "functional", "float32", "float32_back", "upcast", "exp", "logsumexp"],
+    "dropout": ["none", "zero", "eval", "module"],
+    "value": ["same", "wide"],
+    "out": ["keep", "back", "flat", "contiguous"],
+    "whole": ["single", "chunks", "chain", "pair"],
+    "rows": ["square", "fewer"],
 }
 
 

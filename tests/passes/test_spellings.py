@@ -56,6 +56,7 @@ def same(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
             same(one, other, tolerance)
         return
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    actual, expected = actual.double(), expected.double()
     size = max(1.0, expected.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * size, equal_nan=True)
 
