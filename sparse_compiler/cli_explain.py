@@ -27,7 +27,7 @@ def explain_command(
     tokens: Annotated[int, typer.Option(min=2, help="Prompt length of the call.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Build this many layers only.")] = 2,
     padded: Annotated[bool, typer.Option("--padded", help="A left-padded batch of two.")] = False,
-    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    attention: Annotated[str, typer.Option(help="auto, sdpa or eager.")] = "auto",
     min_tokens: Annotated[
         str, typer.Option(help="As the option of that name: a number, or auto.")
     ] = "0",
@@ -44,8 +44,8 @@ def explain_command(
 
     from sparse_compiler.explanation import explain, sites_table
 
-    if attention not in ("sdpa", "eager"):
-        raise typer.BadParameter(f"must be sdpa or eager, but got {attention!r}")
+    if attention not in ("auto", "sdpa", "eager"):
+        raise typer.BadParameter(f"must be auto, sdpa or eager, but got {attention!r}")
     if min_tokens != "auto" and not min_tokens.isdecimal():
         raise typer.BadParameter(f"must be a number or auto, but got {min_tokens!r}")
     console = Console()
@@ -82,7 +82,7 @@ def model_of(model: str, layers: int, attention: str) -> Any:
     Args:
         model: path of a configuration, or a model type.
         layers: the most that it gets.
-        attention: transformers' ``attn_implementation``.
+        attention: transformers' ``attn_implementation``; ``auto`` is its own choice.
     Raises:
         OptionInvalid: there is no such configuration.
     """
@@ -113,9 +113,15 @@ def model_of(model: str, layers: int, attention: str) -> Any:
             setattr(config, name, min(layers, getattr(config, name)))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
+    problems = []
+    wanted = None if attention == "auto" else attention
     for kind in (AutoModelForCausalLM, AutoModel):
         try:
-            return kind.from_config(config, attn_implementation=attention).eval()
-        except ValueError:
-            continue
-    raise OptionInvalid("the configuration", "of a causal language model or an encoder", model)
+            return kind.from_config(config, attn_implementation=wanted).eval()
+        except ValueError as problem:
+            problems.append(str(problem))
+    raise OptionInvalid(
+        "the configuration",
+        f"of a model that can be built with attention {attention!r}",
+        f"{model}: {problems[0]}"[:300],
+    )

@@ -51,4 +51,4 @@ def _drops(node: fx.Node) -> bool:
     """Whether a dropout may be active: not with ``training=False`` or a probability of 0."""
     training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
     probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-    return training is not False and probability != 0
+    return training is not False and not (isinstance(probability, int | float) and not probability)
