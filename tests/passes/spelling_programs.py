@@ -29,16 +29,52 @@ LAYOUTS = {
     "grouped": "bkgld",
     "headless": "bld",
 }
-PRODUCTS = ["matmul", "at", "bmm", "baddbmm", "baddbmm_beta", "einsum", "einsum_dots", "swapped", "keys_turned_early"]
+PRODUCTS = [
+    "matmul",
+    "at",
+    "bmm",
+    "baddbmm",
+    "baddbmm_beta",
+    "einsum",
+    "einsum_dots",
+    "swapped",
+    "keys_turned_early",
+]
 CHOICES: dict[str, list[str]] = {
     "layout": list(LAYOUTS),
     "gqa": ["none", "interleave", "expand", "tiled", "broadcast"],
     "product": PRODUCTS,
-    "scale": ["mul", "div", "q", "k", "both", "alpha", "root", "temperature", "temperature_q", "reciprocal", "none"],
+    "scale": [
+        "mul",
+        "div",
+        "q",
+        "k",
+        "both",
+        "alpha",
+        "root",
+        "temperature",
+        "temperature_q",
+        "reciprocal",
+        "none",
+    ],
     "view": ["no", "yes"],
     "softcap": ["no", "yes", "div_mul"],
     "bias": ["none", "full", "row_key", "alibi"],
-    "mask": ["min", "inf", "inf_zeros", "masked_fill", "where", "where_not", "one_minus", "fill_", "fill_used", "add_", "add_used", "plus_assign", "into"],
+    "mask": [
+        "min",
+        "inf",
+        "inf_zeros",
+        "masked_fill",
+        "where",
+        "where_not",
+        "one_minus",
+        "fill_",
+        "fill_used",
+        "add_",
+        "add_used",
+        "plus_assign",
+        "into",
+    ],
     "see": ["causal", "all", "tril", "window", "padding", "causal_padding", "bidirectional"],
     "sinks": ["none", "last", "first"],
     "minus_max": ["no", "amax", "max", "detach"],
@@ -116,7 +152,9 @@ class _Text:
         p, axes = self.p, self.axes
         heads = f"q.shape[{axes.index('h')}]" if "h" in axes else "t.shape[0]"
         length = axes.index("l")
-        self.add(f"h, i, j = {heads}, q.shape[{length}], k.shape[{length if 'g' not in axes else 2}]")
+        self.add(
+            f"h, i, j = {heads}, q.shape[{length}], k.shape[{length if 'g' not in axes else 2}]"
+        )
         self.add(f"b = q.shape[{axes.index('b')}]" if "b" in axes else "b = q.shape[0] // h")
         moves = {"blhd": "transpose(1, 2)", "lbhd": "permute(1, 2, 0, 3)"}
         if p["layout"] in moves and not self.einsum:
@@ -333,7 +371,9 @@ def source(p: Program) -> str:
         calls = f"attention(*a, pad, *c) for *a, c in zip({parts}, zip(t.chunk(2), bias.chunk(2)))"
         body = f"    return torch.cat([{calls}], {joined})"
     elif p["whole"] == "chain":
-        body = f"    first = attention({names})\n    return attention(first + q, k, v, pad, t, bias)"
+        body = (
+            f"    first = attention({names})\n    return attention(first + q, k, v, pad, t, bias)"
+        )
     elif p["whole"] == "pair":
         body = f"    first = attention({names})\n    return first - attention(q * 0.5, {names[3:]})"
     else:
