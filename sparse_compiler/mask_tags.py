@@ -98,9 +98,8 @@ def _band_of(mask: torch.Tensor) -> GivenMask | None:
         return None
     right = int(mask[0].nonzero()[-1])
     left = size - 1 - int(mask[-1].nonzero()[0])
-    rows = torch.arange(size, device=mask.device)
-    distance = rows[None, :] - rows[:, None]
-    if not torch.equal(mask, (distance <= right) & (distance >= -left)):
+    # In place: a causal mask of 32768 tokens is 1 GiB, and its distances as integers are 8.
+    if not torch.equal(mask, torch.ones_like(mask).tril_(right).triu_(-left)):
         return None
     furthest = size - 1
     return GivenMask(0, None if left == furthest else left, None if right == furthest else right)

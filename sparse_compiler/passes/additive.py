@@ -32,6 +32,8 @@ __all__ = ["Effect", "read_term", "summands"]
 # A constant this low hides like the dtype's minimum does: a logit would have to be larger than
 # 1e30 - 110 for its pair to get a weight that float32 can hold (exp(-110) is 0 there).
 _HIDDEN = -1e30
+# A sum that is multiplied by more is one bias: in ``(1 - m) * lowest`` the 1 alone hides nothing.
+_MOST = 1e3
 _CASTS = frozenset(
     (
         *("to", "_to_copy", "type", "type_as", "half", "bfloat16", "float", "double", "contiguous"),
@@ -144,6 +146,8 @@ class _Walk:
     def _sum(self, node: fx.Node, index: Index, factor: float, sign: float = 1.0) -> Effect:
         if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
             raise NotUnderstood("a scaled sum")
+        if abs(factor) > _MOST:
+            raise NotUnderstood("a sum that is scaled up, whose parts may hide and cancel")
         left, right = argument(node, 0, "input"), argument(node, 1, "other")
         first = self._operand(node, left, index, factor)
         return first.join(self._operand(node, right, index, sign * factor))

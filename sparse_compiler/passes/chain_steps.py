@@ -56,7 +56,9 @@ class Failed(Exception):
 
 
 def plain_name(node: fx.Node) -> str:
-    """The operation's name; in-place forms count as what they compute."""
+    """The operation's name; in-place forms count as what they compute, ``out=`` has no name."""
+    if node.kwargs.get("out") is not None:
+        return ""
     name = operation(node) or ""
     name = _INPLACE.get(name, name)
     if name.endswith("_") and not name.endswith("__"):

@@ -39,6 +39,7 @@ class Logits:
     Attributes:
         key, key_size: index symbol and number of the keys; to be set before ``read``.
         dim: symbol of what the product sums over.
+        shifted: a number or a row's maximum was added to the scores on the way; no weight shows it.
     """
 
     def __init__(self, tensors: SymbolicTensors) -> None:
@@ -49,6 +50,7 @@ class Logits:
         self.terms: list[MaskTerm] = []
         self.factors: list[tuple[Element, bool]] = []
         self.softcap = 0.0
+        self.shifted = False
         self.scale = 1.0
         self.dropout: Any = 0.0
         self.sinks: Element | None = None
@@ -123,7 +125,7 @@ class Logits:
         return True
 
     def _add_term(self, element: Element, factor: float, node: fx.Node) -> None:
-        if self.factors:
+        if self.factors and factor:
             raise Failed(node, "something is added before a factor that is a tensor")
         if factor:
             self.terms.append(MaskTerm("add", element, factor))
@@ -171,7 +173,9 @@ class Logits:
         shift = minus and inside is first and is_row_maximum(other, first)
         if isinstance(other, fx.Node) and tensor_of(other) is not None and not shift:
             self._add_term(broadcast(other, index, self.tensors), factor * weight, node)
-        # A number, or a row's own maximum, changes no weight.
+        else:
+            # A number, or a row's own maximum, changes no weight.
+            self.shifted = True
         return self._side(node, inside, index, factor * own)
 
     def _filled(self, node: fx.Node, index: Index, factor: float) -> bool:
@@ -189,6 +193,9 @@ class Logits:
         dtype = self.tensors.dtype(node)
         if number is None or not factor > 0:
             raise Failed(node, f"hidden pairs get {fill}, whose value is not known")
+        if self.factors:
+            # Its sign and size are not known: what is hidden may not stay so.
+            raise Failed(node, "pairs are hidden before a factor that is a tensor")
         if not self._hides(number * factor, dtype):
             raise Failed(node, f"hidden pairs get {number * factor:g}, which need not vanish")
         if not isinstance(condition, fx.Node) or self.tensors.dtype(condition) != torch.bool:
@@ -210,18 +217,20 @@ class Logits:
             return False
         number = self.constant(floor)
         known = number is not None and factor > 0 and self._hides(number * factor, torch.float64)
-        if not known or (clamps and argument(node, 2, "max") is not None):
+        if not known or self.factors or (clamps and argument(node, 2, "max") is not None):
             raise Failed(node, "the logits are cut off")
         return self._side(node, inside, index, factor)
 
     def _capped(self, node: fx.Node, index: Index, factor: float) -> bool:
         if self.softcap or not factor > 0 or self.factors:
             raise Failed(node, "more than one soft cap, or one under a factor that is no number")
-        known = len(self.terms)
+        known, sinks = len(self.terms), self.sinks
+        shifted, self.shifted = self.shifted, False
         if not self._through(node, argument(node, 0, "input"), index, 1.0):
             return False
-        if len(self.terms) > known or self.sinks is not None:
-            raise Failed(node, "a mask or a bias inside of the soft cap")
+        if len(self.terms) > known or self.shifted or self.sinks is not sinks:
+            raise Failed(node, "a mask, a bias, a shift or sinks inside of the soft cap")
+        self.shifted = shifted
         self.softcap, self.scale = factor, self.scale * factor
         return True
 
@@ -238,9 +247,15 @@ class Logits:
         if sizes != (self.key_size, 1) or factor != 1.0 or self.sinks is not None:
             raise Failed(node, f"logits joined with {sink}, which is not one sink column")
         self.sinks = broadcast(sink, index, self.tensors)
-        if self.terms:
-            raise Failed(node, "a mask over logits and sinks together")
-        return self._side(node, first, index, factor)
+        if self.terms or self.factors:
+            raise Failed(node, "a mask or a factor over logits and sinks together")
+        shifted, self.shifted = self.shifted, False
+        if not self._side(node, first, index, factor):
+            return False
+        if self.shifted:
+            raise Failed(node, "the logits are shifted, and the sinks beside them are not")
+        self.shifted = shifted
+        return True
 
     def has_product(self, node: fx.Node) -> bool:
         """Whether a product with the key axis feeds ``node`` through operations of a chain."""

@@ -123,7 +123,9 @@ class _Site:
         band, (batch, _, num_q, num_k) = self.fact.band, self.axes.sizes[:4]
         if band.left is not None or band.right != 0:
             raise SizeMissing(f"a window whose place {band.q_offset} is known at run time only")
-        offset = call(self.graph, "clamp", self._emit(band.q_offset), max=self._plain(num_k - 1))
+        # Lower than that, too, no row sees a key; either way it fits 32 bits.
+        offset = call(self.graph, "clamp", self._emit(band.q_offset), min=self._plain(-num_q))
+        offset = call(self.graph, "clamp", offset, max=self._plain(num_k - 1))
         numbers = [0, self._plain(num_q), offset, 0, self._plain(num_k)]
         scalars = [
             n if n is offset else call(

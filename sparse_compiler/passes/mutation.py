@@ -16,7 +16,7 @@ from torch import fx
 
 from sparse_compiler.passes.mask_rules import rule_for
 
-__all__ = ["INPLACE_OPERATORS", "MutationMap", "storage_of"]
+__all__ = ["INPLACE_OPERATORS", "MutationMap", "storage_of", "written_by"]
 
 INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
@@ -43,7 +43,7 @@ class MutationMap:
         self._nodes = list(self._position)
         self._writes: dict[object, list[int]] = {}
         for node, position in self._position.items():
-            for target in _written(node):
+            for target in written_by(node):
                 self._writes.setdefault(storage_of(target), []).append(position)
 
     def written(self, node: fx.Node) -> bool:
@@ -88,7 +88,8 @@ def storage_of(node: fx.Node) -> object:
     return node
 
 
-def _written(node: fx.Node) -> Iterable[fx.Node]:
+def written_by(node: fx.Node) -> Iterable[fx.Node]:
+    """The arguments of ``node`` whose memory it writes to, or may write to."""
     if node.op == "call_method":
         return _written_by_method(node)
     if node.op == "call_module":

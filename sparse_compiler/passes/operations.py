@@ -14,7 +14,12 @@ __all__ = ["IN_PLACE", "calls", "functional", "operation", "operation_of", "over
 
 
 def operation(node: fx.Node) -> str | None:
-    """The plain name of a torch operation (``le``, ``expand``); None if it is not torch's own."""
+    """The plain name of a torch operation (``le``, ``expand``); None if it is not torch's own.
+
+    One that writes its result to ``out=`` has none: it does more than its name says.
+    """
+    if node.kwargs.get("out") is not None:
+        return None
     if node.op == "call_method":
         first = node.args[0] if node.args else None
         is_tensor = isinstance(first, fx.Node) and tensor_of(first) is not None

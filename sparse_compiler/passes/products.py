@@ -40,7 +40,9 @@ class Product:
 
 
 def is_product(node: fx.Node) -> bool:
-    """Whether ``node`` is a product that ``product_at`` may read."""
+    """Whether ``node`` is a product that ``product_at`` may read; writes to ``out=`` are kept."""
+    if node.kwargs.get("out") is not None:
+        return False
     return (operation(node) or "") in _MATMULS | _ADDED | {"einsum"}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 
 from torch import fx
 
-from sparse_compiler.passes.mutation import storage_of
+from sparse_compiler.passes.mutation import storage_of, written_by
 from sparse_compiler.passes.purity import is_collective, is_mutating, is_pure
 
 __all__ = ["remove_dead"]
@@ -49,5 +49,5 @@ def remove_dead(
 
 def _alone(graph: fx.Graph, node: fx.Node, owned: Collection[fx.Node]) -> bool:
     """Whether nobody outside of the region can see what ``node`` writes to."""
-    memory = storage_of(node.all_input_nodes[0])
-    return all(n in owned for n in graph.nodes if storage_of(n) == memory)
+    memory = {storage_of(target) for target in written_by(node)}
+    return all(n in owned for n in graph.nodes if storage_of(n) in memory)

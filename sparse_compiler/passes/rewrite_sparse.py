@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import operator
 from typing import Any
@@ -22,12 +21,16 @@ from sparse_compiler.passes.purity import is_pure
 from sparse_compiler.passes.remove_dead import remove_dead
 from sparse_compiler.passes.sdpa import is_sdpa, sdpa_arguments
 from sparse_compiler.passes.sizes import SizeMissing
-from sparse_compiler.passes.symbolic_reader import operation, size_expr
+from sparse_compiler.passes.symbolic_reader import operation, size_expr, tensor_of
 from sparse_compiler.passes.symbolic_tensor import HANDLERS, NotUnderstood
+from sparse_compiler.passes.symbolic_views import VIEWS
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits
 
 __all__ = ["rewrite_sparse"]
+
+# They fail, or read other elements, where the strides are not what they were.
+_ONLY_VIEWS = frozenset({"view", "view_as", "as_strided"})
 
 
 def rewrite_sparse(gm: fx.GraphModule, ctx: PassContext) -> PassReport:
@@ -129,6 +132,7 @@ class _Rewriter:
             assert log_sum is not None
             with graph.inserting_after(log_sum):
                 new = self._result(log_sum, steps, old)
+            new.meta["example_value"] = old.meta.get("example_value", old.meta.get("val"))
             self.left += old.all_input_nodes
             self._replace(old, new)
 
@@ -136,7 +140,21 @@ class _Rewriter:
         """What the operators return, as the node that it replaces holds it."""
         for method, arguments in steps:
             value = call(self.graph, method, value, *arguments)
-        return self._like(value, node)
+        return self._laid_out(self._like(value, node), node)
+
+    def _laid_out(self, out: fx.Node, node: fx.Node) -> fx.Node:
+        """The result with the strides of the node that it replaces, where a view relies on them."""
+        old, new = tensor_of(node), tensor_of(out)
+        if old is None or new is None or not _viewed(node):
+            return out
+        strides = [size_expr(n) for n in old.stride()]
+        if strides == [size_expr(n) for n in new.stride()]:
+            return out
+        if not old.is_contiguous() and all(s.is_Integer for s in strides):
+            order = sorted(range(old.dim()), key=lambda n: -int(strides[n]))
+            out = call(self.graph, "contiguous", call(self.graph, "permute", out, order))
+            return call(self.graph, "permute", out, [order.index(n) for n in range(old.dim())])
+        return call(self.graph, "contiguous", out)
 
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         node.replace_all_uses_with(new)
@@ -174,7 +192,7 @@ class _Rewriter:
         sinks: fx.Node | None,
         number: int,
     ) -> fx.Node:
-        graph, patterns, capability = self.graph, decision.patterns, decision.capability
+        patterns, capability = decision.patterns, decision.capability
         q, k, v = tensors
         slots = _slots(patterns, mask.banded)
         blocking = (capability.block_q, capability.block_k)
@@ -211,20 +229,30 @@ class _Rewriter:
     def _operator(self, target: Any, *args: Any) -> fx.Node:
         """A call of an operator; sites of equal sizes share its fake result, which is slow to make.
 
-        The last argument, the site's number, says nothing about it. Only the operators read what the
-        first two return; others may write to what attention returns, so that gets its own memory.
+        The last argument, the site's number, says nothing about it. Nodes that others may write to
+        have the fake results of the nodes that they replace.
         """
         key = (target, _signature(args[:-1]))
         if key not in self.examples:
             node = call(self.graph, target, *args)
             self.examples[key] = node.meta["example_value"]
             return node
-        node, example = self.graph.call_function(target, args), self.examples[key]
-        if target is torch.ops.sparse_compiler.attend.default:
-            with getattr(example[0], "fake_mode", None) or contextlib.nullcontext():
-                example = tuple(torch.empty_like(e) for e in example)
-        node.meta["example_value"] = example
+        node = self.graph.call_function(target, args)
+        node.meta["example_value"] = self.examples[key]
         return node
+
+
+def _viewed(node: fx.Node) -> bool:
+    """Whether an operation that may only view, never copy, reads ``node`` or a view of it."""
+    work, seen = [node], set()
+    while work:
+        for user in work.pop().users:
+            if operation(user) in _ONLY_VIEWS:
+                return True
+            if operation(user) in VIEWS and user not in seen:
+                seen.add(user)
+                work.append(user)
+    return False
 
 
 def _signature(value: Any) -> Any:

@@ -42,8 +42,8 @@ _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
 
 def is_softmax(node: fx.Node) -> bool:
-    """Whether ``node`` is a softmax of a tensor."""
-    return (operation(node) or "") in _SOFTMAX
+    """Whether ``node`` is a softmax of a tensor, into memory of its own."""
+    return (operation(node) or "") in _SOFTMAX and node.kwargs.get("out") is None
 
 
 def match_softmax_chain(node: fx.Node, tensors: SymbolicTensors) -> AttentionForm | None:
@@ -92,7 +92,7 @@ class _Chain:
     def __init__(self, node: fx.Node, source: fx.Node, tensors: SymbolicTensors) -> None:
         self.node, self.source, self.tensors = node, source, tensors
         self.logits = Logits(tensors)
-        self.cleared: list[fx.Node] = []
+        self.cleared: list[tuple[fx.Node, fx.Node]] = []
         self.inner: list[fx.Node] = [node]
         self.log_sums: list[Element] = []
 
@@ -130,7 +130,8 @@ class _Chain:
             for user in node.users:
                 if absorbed(user, inner) or asks_of_other(user, node):
                     continue
-                if node not in final or not is_log_sum(user, node) or self.logits.sinks is not None:
+                moved = self.logits.sinks is not None or self.logits.shifted
+                if node not in final or not is_log_sum(user, node) or moved:
                     raise Failed(node, f"{user.name} reads the scores themselves", Code.WEIGHTS)
                 kept = len(self.tensors.shape(user)) > len(rows)
                 self.log_sums.append(Element(user, (*rows, sympy.Integer(0)) if kept else rows))
@@ -173,29 +174,44 @@ class _Chain:
         """Whether ``user`` hands the weights on as they are, but for pairs that are hidden anyway."""
         name = plain_name(user)
         if name in CASTS or name == "dropout":
-            return True
+            return self.tensors.dtype(user).is_floating_point
         if name == "masked_fill" and argument(user, 0, "input") is node:
             zero = self.logits.constant(argument(user, 2, "value")) == 0
-            self.cleared.append(argument(user, 1, "mask"))
+            self.cleared.append((argument(user, 1, "mask"), user))
             return zero and self.tensors.shape(user) == self.tensors.shape(self.node)
         return step_back(self.tensors, user, self._zeros(user)) is not None
 
     def _check_cleared(self, index: Index) -> None:
         """Weights that are set to 0 after softmax must have been hidden before it."""
-        for mask in self.cleared:
+        for mask, user in self.cleared:
             wanted = broadcast(mask, index, self.tensors)
             same = any(
-                term.kind == "drop" and self._equal(term.where, wanted)
+                term.kind == "drop" and self._equal(term.where, wanted, user)
                 for term in self.logits.terms
             )
             if not same:
                 raise Failed(mask, "weights that took part in the softmax are set to 0")
 
-    def _equal(self, first: Element, second: Element) -> bool:
-        if first.index == second.index and computed_alike(first.node, second.node):
+    def _equal(self, first: Element, second: Element, reader: fx.Node) -> bool:
+        """Whether two elements are the same by the time that ``reader`` reads the second."""
+        alike = first.index == second.index and computed_alike(first.node, second.node)
+        if alike and not any(self._written(e.node, reader) for e in (first, second)):
             return True
         values = (self.tensors.evaluate(e.node, e.index) for e in (first, second))
         return next(values) == next(values)
+
+    def _written(self, node: fx.Node, until: fx.Node) -> bool:
+        """Whether anything that ``node`` comes of is written in place before ``until``."""
+        work, seen, writes = [node], set(), self.tensors.mutations
+        while work:
+            current = work.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if len(seen) > LIMIT or writes.written_between(current, current, until):
+                return True
+            work += current.all_input_nodes
+        return False
 
     def _feeds_product(self, node: fx.Node) -> bool:
         """Whether a product reads what becomes of ``node`` in a few steps."""

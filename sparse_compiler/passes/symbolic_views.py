@@ -127,7 +127,7 @@ def _repeat(reader: SymbolicReader, node: fx.Node, index: Index) -> tuple[fx.Nod
     for i, old, new in zip(
         index[len(index) - len(inner) :], inner, outer[len(outer) - len(inner) :], strict=True
     ):
-        place.append(i if old == new else _ZERO if old == 1 else modulo(i, old))
+        place.append(i if old == new else _ZERO if old == 1 else _apart(reader, i, old)[1])
     return source, tuple(place)
 
 
@@ -140,7 +140,7 @@ def _repeat_interleave(
     dim = _dim(dim, len(index))
     return _source(node), (
         *index[:dim],
-        floor_divide(index[dim], sympy.Integer(repeats)),
+        _apart(reader, index[dim], sympy.Integer(repeats))[0],
         *index[dim + 1 :],
     )
 
@@ -152,7 +152,12 @@ def _reshape(reader: SymbolicReader, node: fx.Node, index: Index) -> tuple[fx.No
     if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
         raise NotUnderstood("a view as another dtype")
     source = _source(node)
-    return source, reshape_index(reader, reader.shape(source), reader.shape(node), index)
+    inner, outer = reader.shape(source), reader.shape(node)
+    # Layers of equal sizes ask the same.
+    key = ("reshape", inner, outer, index)
+    if key not in reader.shared:
+        reader.shared[key] = reshape_index(reader, inner, outer, index)
+    return source, reader.shared[key]
 
 
 def reshape_index(reader: SymbolicReader, inner: Index, outer: Index, index: Index) -> Index:
@@ -232,6 +237,13 @@ def _divide(
             rest += term
     if rest == 0 or reader.within(rest, by):
         return whole, rest
+    return floor_divide(value, by), modulo(value, by)
+
+
+def _apart(reader: SymbolicReader, value: sympy.Expr, by: sympy.Expr) -> Index:
+    """As `_divide`; only of sums, where there is something to come apart."""
+    if isinstance(value, sympy.Add):
+        return _divide(reader, value, by)
     return floor_divide(value, by), modulo(value, by)
 
 

@@ -147,7 +147,7 @@ class CpuExecutor(Executor):
         if value_dim != q.shape[3]:
             q, k, v = _same_head_dim(q, k, v)
         out = torch.zeros(batch, num_heads, num_q, v.shape[3], dtype=q.dtype)
-        lse = torch.full((batch, num_heads, num_q), float("-inf"))
+        lse = torch.full((batch, num_heads, num_q), float("-inf"), dtype=torch.float32)
         entries = [
             _entry((q[b], k[b], v[b]), rows[b].tolist(), *_of_entry(b, key_mask, bounds, bias))
             for b in range(batch)

@@ -47,7 +47,10 @@ EXPRESSIONS: dict[str, Function] = {
     "mask of +max": lambda q, k, v: (q @ k.mT).masked_fill(see(q, k), -MIN).softmax(-1) @ v,
     "mask scaled after": lambda q, k, v: (scores(q, k) * 1e-38).softmax(-1) @ v,
     "other mask of keys": lambda q, k, v: (q @ k.mT + torch.linspace(0, -9, 24)).softmax(-1) @ v,
-    "strictly later": lambda q, k, v: (q @ k.mT).masked_fill(see(q, k).mT, MIN).softmax(-1) @ v,
+    # The first row sees nothing: see test_rows_that_see_nothing_are_zero.
+    "strictly earlier": lambda q, k, v: (
+        ((q @ k.mT).masked_fill(see(q, k).mT, MIN).softmax(-1) @ v)[:, :, 1:]
+    ),
     "aliased keys and values": lambda q, k, v: scores(k, k).softmax(-1) @ k,
     "values are queries": lambda q, k, v: scores(q, k).softmax(-1) @ q,
     "values transposed": lambda q, k, v: scores(q, k).softmax(-1) @ v[:, :, :8].mT.repeat(1, 1, 3, 1),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MIN", "NEAR", "Function", "scores", "see"]
+__all__ = ["MIN", "NEAR", "SCALE", "Function", "near", "scores", "see"]
 
 Function = Callable[[Tensor, Tensor, Tensor], Any]
 NEAR: dict[str, Function] = {}
@@ -85,111 +85,6 @@ def sink_cut_elsewhere(q, k, v):
 def sink_of_rows(q, k, v):
     s = torch.cat([scores(q, k), q[..., :1]], -1)
     return s.softmax(-1)[..., :-1] @ v
-
-
-@near
-def keys_written_between(q, k, v):
-    k = k.clone()
-    s = q @ k.mT * SCALE
-    k.mul_(3)
-    return (s + see(q, k) * 0).softmax(-1) @ v + k
-
-
-@near
-def queries_written_between(q, k, v):
-    q = q.clone()
-    s = q @ k.mT * SCALE
-    q[:, :, 3] = 7
-    return s.softmax(-1) @ v + q
-
-
-@near
-def values_written_between(q, k, v):
-    v = v * 1
-    w = scores(q, k).softmax(-1)
-    v[:, :, 0].zero_()
-    return w @ v
-
-
-@near
-def argument_written_between(q, k, v):
-    w = scores(q, k).softmax(-1)
-    v.add_(1)
-    k.zero_()
-    return w @ v
-
-
-@near
-def values_written_after(q, k, v):
-    v = v.clone()
-    o = scores(q, k).softmax(-1) @ v
-    v.zero_()
-    return o + v
-
-
-@near
-def mask_written_between(q, k, v):
-    mask = see(q, k).clone()
-    s = (q @ k.mT).masked_fill(~mask, MIN)
-    mask.fill_(True)
-    return s.softmax(-1) @ v, mask
-
-
-@near
-def mask_written_before(q, k, v):
-    mask = see(q, k)
-    mask[:, 3:6] = False
-    return (q @ k.mT).masked_fill(~mask, MIN).softmax(-1) @ v
-
-
-@near
-def added_mask_written_between(q, k, v):
-    mask = torch.zeros(24, 24)
-    s = q @ k.mT + mask
-    mask.masked_fill_(~see(q, k), MIN)
-    return s.softmax(-1) @ v
-
-
-@near
-def one_row_written(q, k, v):
-    s = scores(q, k)
-    s[:, :, 5] = 0.0
-    return s.softmax(-1) @ v
-
-
-@near
-def view_written(q, k, v):
-    s = q @ k.mT
-    s.view(-1, 24, 24).masked_fill_(~see(q, k), MIN)
-    return s.softmax(-1) @ v
-
-
-@near
-def weights_written(q, k, v):
-    w = scores(q, k).softmax(-1)
-    w[..., 0] = 0
-    return w @ v
-
-
-@near
-def weights_scaled_in_place(q, k, v):
-    w = scores(q, k).softmax(-1)
-    w.mul_(0.5)
-    return w @ v
-
-
-@near
-def output_written(q, k, v):
-    o = scores(q, k).softmax(-1) @ v
-    o.mul_(2)
-    return o
-
-
-@near
-def out_argument(q, k, v):
-    o = torch.empty_like(v)
-    torch.matmul(scores(q, k).softmax(-1), v, out=o)
-    return o
 
 
 @near
@@ -267,18 +162,8 @@ def integers(q, k, v):
 
 
 @near
-def rounded_scores(q, k, v):
-    return (q @ k.mT).bfloat16().float().masked_fill(~see(q, k), MIN).softmax(-1) @ v
-
-
-@near
 def wide_scores(q, k, v):
     return ((q.double() @ k.double().mT).softmax(-1) @ v.double()).float()
-
-
-@near
-def rounded_weights(q, k, v):
-    return scores(q, k).softmax(-1).bfloat16().float() @ v
 
 
 @near
@@ -346,7 +231,7 @@ def number_in_softcap(q, k, v):
 def shift_beside_sinks(q, k, v):
     s = scores(q, k)
     s = s - s.amax(-1, keepdim=True)
-    s = torch.cat([s, torch.zeros(2, 4, 24, 1)], -1)
+    s = torch.cat([s, torch.zeros(4)[:, None, None].expand(2, 4, 24, 1)], -1)
     return s.softmax(-1)[..., :-1] @ v
 
 
@@ -367,15 +252,6 @@ def sinks_under_a_temperature(q, k, v):
 def sinks_under_a_number(q, k, v):
     s = torch.cat([scores(q, k), torch.ones(4)[:, None, None].expand(2, 4, 24, 1)], -1) * 2.0
     return s.softmax(-1)[..., :-1] @ v
-
-
-@near
-def sinks_written_between(q, k, v):
-    sinks = torch.ones(4)
-    column = sinks[:, None, None].expand(2, 4, 24, 1)
-    w = torch.cat([scores(q, k), column], -1).softmax(-1)
-    sinks.fill_(9.0)
-    return w[..., :-1] @ v, sinks
 
 
 @near
@@ -433,40 +309,6 @@ def mask_under_a_negative_temperature(q, k, v):
 def mask_under_a_tiny_temperature(q, k, v):
     t = torch.tensor([0.5, 1e-31, 2.0, 3.0])[:, None, None]
     return ((q @ k.mT).masked_fill(~see(q, k), -1e31) * t).softmax(-1) @ v
-
-
-@near
-def temperature_written_between(q, k, v):
-    t = torch.ones(4, 1, 1)
-    s = (q @ k.mT) * t
-    t.fill_(7.0)
-    return s.softmax(-1) @ v, t
-
-
-@near
-def bias_written_between(q, k, v):
-    bias = torch.arange(24.0)[None, :] / 9
-    s = q @ k.mT + bias
-    bias.zero_()
-    return s.softmax(-1) @ v
-
-
-@near
-def cleared_by_a_mask_written_between(q, k, v):
-    mask = see(q, k).clone()
-    w = (q @ k.mT).masked_fill(~mask, MIN).softmax(-1)
-    mask[:, 0] = False
-    return w.masked_fill(~mask, 0.0) @ v
-
-
-@near
-def cleared_by_another_mask(q, k, v):
-    return scores(q, k).softmax(-1).masked_fill(~see(q, k).tril(-1), 0.0) @ v
-
-
-@near
-def cleared_by_the_same_mask(q, k, v):
-    return scores(q, k).softmax(-1).masked_fill(~see(q, k), 0.0) @ v
 
 
 @near
@@ -563,53 +405,6 @@ def keys_turned_twice(q, k, v):
 
 
 @near
-def all_in_place(q, k, v):
-    s = q @ k.mT
-    s.mul_(SCALE)
-    s.div_(3.0).tanh_().mul_(3.0)
-    s += torch.where(see(q, k), 0.0, MIN)
-    return F.dropout(s.softmax(-1), 0.2, training=False, inplace=True) @ v
-
-
-@near
-def softmax_into(q, k, v):
-    s = scores(q, k)
-    buffer = torch.empty_like(s)
-    torch.softmax(s, -1, out=buffer)
-    return buffer @ v
-
-
-@near
-def sum_into(q, k, v):
-    buffer = torch.empty(2, 4, 24, 24)
-    s = torch.add(q @ k.mT, torch.where(see(q, k), 0.0, MIN), out=buffer)
-    return s.softmax(-1) @ v, buffer.amax()
-
-
-@near
-def output_viewed(q, k, v):
-    return (scores(q, k).softmax(-1) @ v).view(8, -1)
-
-
-@near
-def transposed_output_viewed(q, k, v):
-    return (v.mT @ scores(q, k).softmax(-1).mT).view(2, 32, 24)
-
-
-@near
-def transposed_operands_viewed(q, k, v):
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    return (scores(q, k).softmax(-1) @ v).view(8, 24, 8)
-
-
-@near
-def output_written_through_a_view(q, k, v):
-    o = scores(q, k).softmax(-1) @ v
-    o.view(8, 24, 8)[:, 0].zero_()
-    return o
-
-
-@near
 def more_rows_than_keys(q, k, v):
     return (q @ k[:, :, :9].mT).softmax(-1) @ v[:, :, :9]
 
@@ -635,14 +430,6 @@ def temperature_of_the_batch(q, k, v):
 
 
 @near
-def scores_written_after(q, k, v):
-    s = scores(q, k)
-    w = s.softmax(-1)
-    s.zero_()
-    return w @ v, s.sum()
-
-
-@near
 def softmax_of_softmax(q, k, v):
     return scores(q, k).softmax(-1).softmax(-1) @ v
 
@@ -650,3 +437,26 @@ def softmax_of_softmax(q, k, v):
 @near
 def implicit_axis(q, k, v):
     return F.softmax((q @ k.mT).flatten(0, 1), dim=0) @ v.flatten(0, 1)
+
+
+@near
+def alias_of_the_scores_returned(q, k, v):
+    s = q @ k.mT
+    alias = s.view(8, 24, 24)
+    s.masked_fill_(~see(q, k), -9e8)
+    w = s.softmax(-1)
+    return w @ v, alias.sum(-1)
+
+
+@near
+def sinks_in_softcap(q, k, v):
+    sinks = torch.ones(4)[:, None, None].expand(2, 4, 24, 1)
+    s = 3 * torch.tanh(torch.cat([q @ k.mT, sinks], -1) / 3)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+@near
+def sinks_out_of_softcap(q, k, v):
+    sinks = torch.ones(4)[:, None, None].expand(2, 4, 24, 1)
+    s = torch.cat([3 * torch.tanh(q @ k.mT / 3), sinks], -1)
+    return s.softmax(-1)[..., :-1] @ v

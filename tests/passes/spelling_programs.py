@@ -59,7 +59,7 @@ CHOICES: dict[str, list[str]] = {
     ],
     "view": ["no", "yes"],
     "softcap": ["no", "yes", "div_mul"],
-    "bias": ["none", "full", "row_key", "alibi"],
+    "bias": ["none", "full", "row_key", "alibi", "table"],
     "mask": [
         "min",
         "inf",
@@ -245,6 +245,10 @@ class _Text:
             self.add(f"s = s + {self.wide('bias', False)}")
         elif p["bias"] == "row_key":
             self.add("s = s + bias[0]")
+        elif p["bias"] == "table":
+            self.add("away = torch.arange(j)[None, :] - torch.arange(i)[:, None]")
+            self.add("table = t[:, None] * torch.linspace(-1, 1, i + j)")
+            self.add("near = table[:, away + i]", f"s = s + {self.wide('near', False)}")
         elif p["bias"] == "alibi":
             self.add("away = torch.arange(j)[None, :] - torch.arange(i)[:, None] - (j - i)")
             self.add(f"s = s - {self.per_head('t')} * away.abs()")
