@@ -100,7 +100,17 @@ class Sparse:
         """(out, lse) over an index."""
         tensors = index.tensors() if isinstance(index, AttentionIndex) else index
         return torch.ops.sparse_compiler.attend(
-            *(self.q, self.k, self.v, *tensors, *self._band, self._scale, 0.0, None, *self._blocking),
+            *(
+                self.q,
+                self.k,
+                self.v,
+                *tensors,
+                *self._band,
+                self._scale,
+                0.0,
+                None,
+                *self._blocking,
+            ),
             *self._choice(min_tokens),
         )
 

@@ -138,11 +138,8 @@ def _repeat_interleave(
     if not isinstance(repeats, int) or dim is None:
         raise NotUnderstood("repeats that are not one number along one dimension")
     dim = _dim(dim, len(index))
-    return _source(node), (
-        *index[:dim],
-        _apart(reader, index[dim], sympy.Integer(repeats))[0],
-        *index[dim + 1 :],
-    )
+    quotient = _apart(reader, index[dim], sympy.Integer(repeats))[0]
+    return _source(node), (*index[:dim], quotient, *index[dim + 1 :])
 
 
 # -- reshaping ---------------------------------------------------------------------------------
@@ -242,9 +239,8 @@ def _divide(
 
 def _apart(reader: SymbolicReader, value: sympy.Expr, by: sympy.Expr) -> Index:
     """As `_divide`; only of sums, where there is something to come apart."""
-    if isinstance(value, sympy.Add):
-        return _divide(reader, value, by)
-    return floor_divide(value, by), modulo(value, by)
+    sums = isinstance(value, sympy.Add)
+    return _divide(reader, value, by) if sums else (floor_divide(value, by), modulo(value, by))
 
 
 # -- indexing ----------------------------------------------------------------------------------
