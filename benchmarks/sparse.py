@@ -71,7 +71,7 @@ class Sparse:
         self._params = params.to(self.q.device)
         used = [registry.get(name) for name in dict.fromkeys(head.name for head in self.heads)]
         self._numbers = [pattern.number for pattern in used]
-        self._readers = [pattern.number for pattern in used if pattern.reads_summary]
+        self._group = registry.summary_group(used, self.geometry.block_k)
 
     @property
     def _blocking(self) -> tuple[int, int]:
@@ -85,9 +85,7 @@ class Sparse:
         if self.fixed is not None:
             return list(self.fixed.tensors())
         ops, choice = torch.ops.sparse_compiler, self._choice(min_tokens)
-        summary = ops.summarize_keys(
-            self.k, None, None, self.geometry.block_k, self._readers, *choice
-        )
+        summary = ops.summarize_keys(self.k, None, None, self._group, *choice)
         return ops.select(
             *(self.q, self.k, summary, self._params, *self._band, self._scale, *self._blocking),
             *(self._numbers, self._num_slots, self._limits),

@@ -17,8 +17,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_compiler.passes.distance import is_parameter
 from sparse_compiler.passes.given_masks import Given, GivenMask, Returned
+from sparse_compiler.passes.origins import is_of_module
 
 __all__ = ["GivenGraph", "MaskTag", "TaggingGraph", "recognise", "tag_buffers", "tag_of"]
 
@@ -85,7 +85,7 @@ def tag_buffers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
             continue
         if isinstance(value, FakeTensor) or tuple(value.shape[:2]) != (1, 1):
             continue
-        if is_parameter(node) and not value.is_inference() and tag_of(value) is None:
+        if is_of_module(node) and not value.is_inference() and tag_of(value) is None:
             given = _band_of(value[0, 0])
             if given is not None:
                 _tags[value] = MaskTag(given, None, None, value._version, _place(value))

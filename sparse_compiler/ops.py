@@ -2,8 +2,9 @@
 
 Three operators take the place of one attention:
 
-``summarize_keys``  k -> summary. What selection needs of the keys; append-only, per KV head, so
-    that chunked prefill pays for a key once. Empty when no head's pattern needs it.
+``summarize_keys``  k -> summary. What selection needs of the keys: the mean of each ``group`` of
+    neighbours; append-only, per KV head, so that chunked prefill pays for a key once. Empty
+    (``group`` 0) when no head's pattern needs it.
 ``select``          q, k, summary, parameters -> the index (see ``ir/index.py``).
 ``attend``          q, k, v, index -> (out, lse).
 
@@ -60,7 +61,7 @@ _INDEX = (
 
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _LIBRARY.define(
-    "summarize_keys(Tensor k, Tensor? rows, Tensor? key_mask, int block_k, int[] pattern_ids, "
+    "summarize_keys(Tensor k, Tensor? rows, Tensor? key_mask, int group, "
     f"{_CHOICE}) -> Tensor",
     tags=_TAGS,
 )
@@ -135,20 +136,19 @@ def _summarize_keys_fake(
     k: Tensor,
     rows: Tensor | None,
     key_mask: Tensor | None,
-    block_k: int,
-    pattern_ids: list[int],
+    group: int,
     budget: float,
     min_tokens: int,
     executor: str,
     site: int,
 ) -> Tensor:
-    return k.new_empty(summary_shape(k.shape, block_k, pattern_ids))
+    return k.new_empty(summary_shape(k.shape, group))
 
 
-def summary_shape(shape: Any, block_k: int, pattern_ids: list[int]) -> tuple[Any, Any, Any, Any]:
-    """[B, Hkv, number of key blocks, D]; no blocks where no pattern reads a summary."""
+def summary_shape(shape: Any, group: int) -> tuple[Any, Any, Any, Any]:
+    """[B, Hkv, number of groups, D]; no groups where ``group`` is 0."""
     batch, heads, num_k, dim = shape
-    return batch, heads, (-(-num_k // block_k) if pattern_ids else 0), dim
+    return batch, heads, (-(-num_k // group) if group else 0), dim
 
 
 @torch.library.register_fake("sparse_compiler::select")

@@ -295,8 +295,8 @@ def sparse_attention(
     blocking = (geometry.block_q, geometry.block_k)
     choice = (budget, min_tokens, executor, site)
     ops = torch.ops.sparse_compiler
-    readers = [pattern.number for pattern in used if pattern.reads_summary]
-    summary = ops.summarize_keys(k, rows, key_mask, geometry.block_k, readers, *choice)
+    group = registry.summary_group(used, geometry.block_k)
+    summary = ops.summarize_keys(k, rows, key_mask, group, *choice)
     index = ops.select(
         *(q, k, summary, params, *band, scale, *blocking),
         *([p.number for p in used], counts),

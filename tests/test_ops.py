@@ -105,8 +105,8 @@ class Call:
         return torch.tensor([0.5, -1.0]) if self.operands else None
 
     def summarize(self, k: torch.Tensor) -> tuple[Any, ...]:
-        readers = [p.number for p in self.used if p.reads_summary]
-        return k, None, self.key_mask(), self.block_k, readers, *self.choice
+        group = registry.summary_group(self.used, self.block_k)
+        return k, None, self.key_mask(), group, *self.choice
 
     @property
     def used(self) -> list[Any]:
@@ -274,7 +274,7 @@ def test_the_summary_is_the_mean_of_visible_keys(call: Call) -> None:
     k = call.tensors()[1]
     summary = OPS.summarize_keys(*call.summarize(k))
     blocks = -(-k.shape[2] // call.block_k)
-    if not any(pattern.reads_summary for pattern in call.used):
+    if not any(pattern.summary_keys for pattern in call.used):
         assert summary.shape == (call.batch, call.kv_heads, 0, call.dim)
         return
     assert summary.shape == (call.batch, call.kv_heads, blocks, call.dim)

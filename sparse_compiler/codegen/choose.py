@@ -246,7 +246,7 @@ def _amounts(
     listing = sum(
         count
         for head, count in heads_of(pattern, shape.heads)
-        if registry.get(head.name).reads_summary
+        if registry.get(head.name).summary_keys
     )
     ranked = shape.batch * listing * (shape.num_q / size_q) * (shape.num_k / size_k)
     amounts = amounts_sparse(shape, covered, size_q, size_k, ranked=ranked)

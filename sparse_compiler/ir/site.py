@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["AttentionSite", "Operand", "Step", "tensor_of"]
+__all__ = ["AttentionSite", "Operand", "Step", "example_of", "tensor_of"]
 
 Step = tuple[str, tuple[Any, ...]]
 """A tensor method and its arguments, e.g. ``("transpose", (1, 2))``."""
 
 
+def example_of(node: fx.Node) -> Any:
+    """The fake value that tracing left on ``node``, in Dynamo's or in export's place; or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def tensor_of(node: fx.Node) -> torch.Tensor | None:
     """The fake tensor that tracing left on ``node``, or None."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = example_of(node)
     return value if isinstance(value, torch.Tensor) else None
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.form import Axes, Element, MaskTerm
+from sparse_compiler.passes.hidden import hides
+from sparse_compiler.passes.operations import MOVES, operation
 from sparse_compiler.passes.symbolic_tensor import (
     Index,
     NotUnderstood,
     SymbolicTensors,
     argument,
-    operation,
     tensor_of,
 )
 from sparse_compiler.passes.symbolic_values import Choice, as_bool, is_bool, neg
@@ -29,17 +30,8 @@ from sparse_compiler.passes.symbolic_views import VIEWS
 
 __all__ = ["Effect", "read_term", "summands"]
 
-# A constant this low hides like the dtype's minimum does: a logit would have to be larger than
-# 1e30 - 110 for its pair to get a weight that float32 can hold (exp(-110) is 0 there).
-_HIDDEN = -1e30
 # A sum that is multiplied by more is one bias: in ``(1 - m) * lowest`` the 1 alone hides nothing.
 _MOST = 1e3
-_CASTS = frozenset(
-    (
-        *("to", "_to_copy", "type", "type_as", "half", "bfloat16", "float", "double", "contiguous"),
-        *("clone", "detach", "alias", "cpu", "cuda"),
-    )
-)
 
 
 @dataclass
@@ -95,13 +87,13 @@ class _Walk:
     def walk(self, node: fx.Node, index: Index, factor: float) -> Effect:
         """The effect of adding ``factor * node[index]``."""
         value: Any = self.tensors.evaluate(node, index)
-        lowest = _lowest(self.tensors.dtype(node))
+        dtype = self.tensors.dtype(node)
         if isinstance(value, sympy.Integer):
             value = float(value)
         if isinstance(value, float):
             value = Choice(sympy.true, value, value)
         if isinstance(value, Choice):
-            known = _constants(value, factor, lowest)
+            known = _constants(value, factor, dtype)
             return known or Effect(bias=[(Element(node, index), factor)])
         if is_bool(value):
             raise NotUnderstood(f"{node.name} is a bool that is added")
@@ -130,7 +122,7 @@ class _Walk:
                 return _constants(
                     Choice(sympy.true, float(operand), float(operand)),
                     factor,
-                    _lowest(self.tensors.dtype(node)),
+                    self.tensors.dtype(node),
                 ) or Effect(shifts=True)
             raise NotUnderstood(f"an operand of {node.name} is no tensor")
         shape, outer = self.tensors.shape(operand), self.tensors.shape(node)
@@ -199,7 +191,7 @@ class _Walk:
         truth = self.tensors.truth(cond, node, index)
         for hidden, other, shown in ((yes, no, neg(truth)), (no, yes, truth)):
             number = self._number(node, hidden, index)
-            if number is not None and _hides(number, factor, _lowest(self.tensors.dtype(node))):
+            if number is not None and hides(number, factor, self.tensors.dtype(node)):
                 rest = self._operand(node, other, index, factor)
                 return Effect([shown]).join(rest)
         raise NotUnderstood("a choice that hides nothing")
@@ -215,26 +207,17 @@ _STEPS: dict[str, Any] = {
     **dict.fromkeys(("div", "truediv", "true_divide", "__truediv__"), _Walk._quotient),
     "where": _Walk._where,
     "masked_fill": _Walk._masked_fill,
-    **dict.fromkeys(_CASTS, _Walk._cast),
+    **dict.fromkeys(MOVES, _Walk._cast),
 }
 
 
-def _lowest(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).min if dtype.is_floating_point else -math.inf
-
-
-def _hides(value: float, factor: float, lowest: float) -> bool:
-    # 0 * inf is NaN, which no comparison calls hidden.
-    return value * factor <= _HIDDEN or (factor >= 1 and value <= lowest)
-
-
-def _constants(value: Choice, factor: float, lowest: float) -> Effect | None:
+def _constants(value: Choice, factor: float, dtype: torch.dtype) -> Effect | None:
     """The effect of one of two constants; None if both are seen and differ."""
     never, always = value.cond is sympy.false, value.cond is sympy.true
     seen = [float(v) for v in (value.no if never else value.yes, value.yes if always else value.no)]
     if any(v != v for v in seen) or any(v * factor == math.inf for v in seen):
         raise NotUnderstood("an additive value is NaN or infinite")
-    hidden = [_hides(v, factor, lowest) for v in seen]
+    hidden = [hides(v, factor, dtype) for v in seen]
     if all(hidden):
         return Effect([sympy.false])
     if not any(hidden):

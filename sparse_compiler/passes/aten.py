@@ -103,7 +103,7 @@ class Spellings:
         }
         operands = [given[name] for name in ("query", "key", "value")]
         q, k = (tensor_of(o) for o in operands[:2])
-        if q is None or k is None or q.dim() != 4:
+        if q is None or k is None or q.dim() != 4 or isinstance(given.get("is_causal"), fx.Node):
             return
         if q.shape[1] != k.shape[1]:
             keywords["enable_gqa"] = True

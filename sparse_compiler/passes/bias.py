@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from sparse_compiler.ir.mask import MaskFact
 from sparse_compiler.passes.distance import by_distance, is_computed, line_of, symbols_of, trace
 from sparse_compiler.passes.form import Axes, Element
-from sparse_compiler.passes.grid import call, emit_element, full
-from sparse_compiler.passes.signal import is_signal
+from sparse_compiler.passes.grid import Place, call, emit_element, full
+from sparse_compiler.passes.scores import is_score
 from sparse_compiler.passes.symbolic_reader import described
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 
@@ -69,7 +68,7 @@ def classify(
             kept.append(Bias(Element(element.node, index), factor))
         elif by_distance(axes, tree):
             kept.append(Bias(element, factor, by_row=True, by_distance=True))
-        elif is_computed(tensors, tree) or is_signal(tensors, element.node):
+        elif is_computed(tensors, tree) or is_score(tensors, element.node):
             kept.append(Bias(element, factor, by_row=True))
         else:
             parts = split(element, factor)
@@ -91,23 +90,17 @@ def _refusal(node: fx.Node) -> str:
     return f"the bias {described(node)} ties rows to keys by data"
 
 
-def emit_bias(
-    graph: fx.Graph,
-    tensors: SymbolicTensors,
-    axes: Axes,
-    fact: MaskFact,
-    size_of: Callable[[sympy.Expr], Any],
-    device: torch.device | str,
-) -> fx.Node | None:
+def emit_bias(place: Place, fact: MaskFact) -> fx.Node | None:
     """``bias``: floating [B|1, Hq|1, Lq|1, Lk], or a table by distance [Hq|1, Lq + Lk - 1]."""
     if not fact.bias:
         return None
+    graph, tensors, axes, size_of = place.graph, place.tensors, place.axes, place.size_of
     table = all(bias.by_distance for bias in fact.bias)
     found = []
     for bias in fact.bias:
         where = bias.where
         if table:
-            node = line_of(graph, tensors, axes, where, size_of)
+            node = line_of(place, where)
         else:
             node = emit_element(graph, tensors, where.node, where.index, axes.pairs, size_of)
         found.append(node if bias.factor == 1 else call(graph, operator.mul, node, bias.factor))

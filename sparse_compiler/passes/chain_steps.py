@@ -9,13 +9,15 @@ import torch
 from torch import fx
 
 from sparse_compiler.ir.report import Code
+from sparse_compiler.ir.site import example_of
 from sparse_compiler.passes.form import Element
+from sparse_compiler.passes.operations import CASTS, operation
+from sparse_compiler.passes.origins import is_parameter
 from sparse_compiler.passes.purity import is_pure
-from sparse_compiler.passes.symbolic_reader import argument, described, operation, tensor_of
+from sparse_compiler.passes.symbolic_reader import argument, described, tensor_of
 from sparse_compiler.passes.symbolic_views import VIEWS
 
 __all__ = [
-    "CASTS",
     "LIMIT",
     "Failed",
     "absorbed",
@@ -24,19 +26,15 @@ __all__ = [
     "free_symbols",
     "is_dead",
     "is_log_sum",
-    "is_parameter",
     "is_row_maximum",
     "is_view",
+    "is_weight",
     "number_of",
     "only_asks",
     "plain_name",
     "where_operands",
 ]
 
-CASTS = frozenset(
-    {"to", "_to_copy", "type", "type_as", "float", "half", "bfloat16", "double"}
-    | {"contiguous", "clone", "detach", "alias"}
-)
 _SHAPE_ONLY = frozenset({"size", "dim", "sym_size", "numel", "stride"})
 _INPLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "idiv": "div"}
 _PLAIN = {
@@ -67,6 +65,7 @@ def plain_name(node: fx.Node) -> str:
 
 
 def free_symbols(element: Element) -> set[Any]:
+    """The symbols that occur in an element's index."""
     return set().union(*(sympy.sympify(e).free_symbols for e in element.index))
 
 
@@ -91,8 +90,13 @@ def computed_alike(first: Any, second: Any, depth: int = 16) -> bool:
 
 
 def number_of(value: Any, node: fx.Node) -> float:
+    """``alpha`` or ``beta`` of ``node`` as a float; a symbolic one is fixed by a guard.
+
+    Raises:
+        Failed: it is no number.
+    """
     if isinstance(value, fx.Node):
-        value = value.meta.get("example_value", value.meta.get("val"))
+        value = example_of(value)
     if not isinstance(value, int | float | torch.SymFloat):
         raise Failed(node, "alpha or beta is no number")
     return float(value)
@@ -144,13 +148,14 @@ def only_asks(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
+    """Whether ``node`` holds elements of another tensor at places that the reader can tell."""
     return (operation(node) or "") in VIEWS
 
 
-def is_parameter(node: fx.Node) -> bool:
+def is_weight(node: fx.Node) -> bool:
+    """Whether ``node`` is a parameter, seen through views and casts."""
     for _ in range(8):
-        value = node.meta.get("example_value", node.meta.get("val"))
-        if isinstance(value, torch.nn.Parameter) or node.op == "get_attr":
+        if is_parameter(node):
             return True
         if not is_view(node) and (operation(node) or "") not in CASTS:
             return False

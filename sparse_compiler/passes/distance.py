@@ -9,7 +9,7 @@ one. Such a tree can be computed again on a line of distances instead of on all 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,17 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from sparse_compiler.passes.form import Axes, Element
-from sparse_compiler.passes.grid import Emitter, call
+from sparse_compiler.passes.grid import Emitter, Place, call
+from sparse_compiler.passes.operations import IN_PLACE, KEEPING, functional, operation
+from sparse_compiler.passes.origins import is_of_module
 from sparse_compiler.passes.predicates import rewrite
 from sparse_compiler.passes.symbolic_elementwise import ELEMENTWISE
-from sparse_compiler.passes.symbolic_reader import IN_PLACE, maker
+from sparse_compiler.passes.symbolic_reader import maker
 from sparse_compiler.passes.symbolic_tensor import (
     Index,
     NotUnderstood,
     SymbolicTensors,
     argument,
-    functional,
-    operation,
     tensor_of,
 )
 from sparse_compiler.passes.symbolic_values import Choice
@@ -57,7 +57,6 @@ _MADE_FROM_NOTHING = (
 )
 _PLACED = ("tril", "triu", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones")
 _POINTWISE = (frozenset(ELEMENTWISE) | frozenset(_MORE)) - frozenset(_MADE_FROM_NOTHING + _PLACED)
-_CASTS = ("to", "_to_copy", "type", "type_as", "contiguous", "clone", "float", "double", "half")
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _is_pointwise(node: fx.Node, name: str) -> bool:
 
 
 def _operands(node: fx.Node, name: str) -> list[fx.Node]:
-    given = node.args[:1] if name in _CASTS else (node.args, node.kwargs)
+    given = node.args[:1] if name in KEEPING else (node.args, node.kwargs)
     found: list[fx.Node] = []
     fx.map_arg(given, found.append)
     return [n for n in dict.fromkeys(found) if tensor_of(n) is not None]
@@ -225,7 +224,7 @@ def is_computed(tensors: SymbolicTensors, tree: Tree) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        if node.op == "placeholder" and tensor_of(node) is not None and not is_parameter(node):
+        if node.op == "placeholder" and tensor_of(node) is not None and not is_of_module(node):
             return False
         sources += node.all_input_nodes
     return True
@@ -239,15 +238,6 @@ def _tables(tree: Tree) -> Iterator[fx.Node]:
         yield tree.table
         for place in tree.places:
             yield from _tables(place)
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether a graph input is a parameter, a buffer or an attribute of a module."""
-    if isinstance(tensor_of(node), torch.nn.Parameter):
-        return True
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    source = source or getattr(node, "_dynamo_source", None)
-    return "NN_MODULE" in getattr(getattr(source, "guard_source", None), "name", "")
 
 
 # -- on a line of distances ----------------------------------------------------------------------
@@ -291,28 +281,23 @@ def _at_distance(axes: Axes, value: Any) -> Any:
     return sympy.expand(moved) if isinstance(moved, sympy.Expr) else moved
 
 
-def line_of(
-    graph: fx.Graph,
-    tensors: SymbolicTensors,
-    axes: Axes,
-    element: Element,
-    size_of: Callable[[sympy.Expr], Any],
-) -> fx.Node:
+def line_of(place: Place, element: Element) -> fx.Node:
     """A table [Hq|1, Lq + Lk - 1] of an element that depends on ``k - q``: ``table[h, k - q + Lq
     - 1]`` is its value at (h, q, k).
     """
+    tensors, axes, size_of = place.tensors, place.axes, place.size_of
     tree = trace(tensors, element.node, element.index)
     num_q, num_k = axes.sizes[2:4]
-    place = tensors.new_index("x", num_q + num_k - 1)
+    x = tensors.new_index("x", num_q + num_k - 1)
     value = tensor_of(element.node)
     assert value is not None
-    line = ((axes.head, axes.sizes[1]), (place, num_q + num_k - 1))
-    emitter = Emitter(graph, tensors, line, size_of, value.device)
-    found = _Line(emitter, axes, place - num_q + 1).node(tree)
+    line = ((axes.head, axes.sizes[1]), (x, num_q + num_k - 1))
+    emitter = Emitter(place.graph, tensors, line, size_of, value.device)
+    found = _Line(emitter, axes, x - num_q + 1).node(tree)
     size = tensor_of(found)
     assert size is not None
     if isinstance(size.shape[1], int) and size.shape[1] == 1:
-        found = call(graph, "expand", found, -1, size_of(num_q + num_k - 1))
+        found = call(place.graph, "expand", found, -1, size_of(num_q + num_k - 1))
     return found
 
 
@@ -355,7 +340,7 @@ class _Line:
         known = {operand: self.node(value) for operand, value in tree.operands}
         dtype = self.emitter.tensors.dtype(node)
         name = operation(node) or ""
-        if name in _CASTS or (name not in _MORE and len(node.args) == 1 and name in _DTYPES):
+        if name in KEEPING:
             return self._as(known[tree.operands[0][0]], dtype)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known.get(n, n))
         target: Any = node.target
@@ -371,6 +356,3 @@ class _Line:
         if value is not None and value.dtype == dtype:
             return node
         return call(self.emitter.graph, "to", node, dtype)
-
-
-_DTYPES = frozenset(("bool", "byte", "short", "int", "long", "bfloat16", "cpu", "cuda", "detach"))

@@ -164,6 +164,9 @@ def _multi_head(node: fx.Node, insert: Inserter) -> fx.Node:
     for name in ("bias_k", "bias_v", "static_k", "static_v"):
         if given[name] is not None:
             raise Closed(f"it is given {name}, a key or value that no token has")
+    for name in ("add_zero_attn", "is_causal", "need_weights", "training"):
+        if isinstance(given[name], fx.Node):
+            raise Closed(f"{name} is computed by the graph ({given[name].name})")
     if given["add_zero_attn"]:
         raise Closed("add_zero_attn=True adds a key that no token has")
     query, key, value = (given[n] for n in ("query", "key", "value"))

@@ -9,7 +9,7 @@ import sympy
 from torch import fx
 
 from sparse_compiler.ir.report import Code, PassReport, SiteReport
-from sparse_compiler.ir.site import AttentionSite, Operand, Step
+from sparse_compiler.ir.site import AttentionSite, Operand, Step, example_of
 from sparse_compiler.passes.architectures import advice
 from sparse_compiler.passes.context import PassContext, SiteState
 from sparse_compiler.passes.form import AttentionForm, Element
@@ -182,16 +182,12 @@ def _site(
     )
 
 
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def _number(value: Any, default: float) -> float:
     """A float argument; a symbolic one is fixed by a guard, since it is a constant of the module."""
     if value is None:
         return default
     if isinstance(value, fx.Node):
-        value = _example(value)
+        value = example_of(value)
     return float(value)
 
 
@@ -208,6 +204,6 @@ def _source_line(node: fx.Node) -> str:
 def _has_distributed_inputs(gm: fx.GraphModule) -> bool:
     """Whether any input is a DTensor: then local heads are not the model's heads."""
     return any(
-        node.op == "placeholder" and type(_example(node)).__name__ == "DTensor"
+        node.op == "placeholder" and type(example_of(node)).__name__ == "DTensor"
         for node in gm.graph.nodes
     )

@@ -17,23 +17,24 @@ import torch
 from torch import fx
 
 from sparse_compiler.ir.report import Code, PassReport
+from sparse_compiler.ir.site import example_of
 from sparse_compiler.passes.axes import unread_form
 from sparse_compiler.passes.context import PassContext
 from sparse_compiler.passes.expand import Inserter
 from sparse_compiler.passes.form import AttentionForm, MaskTerm
+from sparse_compiler.passes.hidden import hides
 from sparse_compiler.passes.opaque import first_output, is_item, keep_closed
+from sparse_compiler.passes.operations import CASTS, operation
 from sparse_compiler.passes.products import broadcast
 from sparse_compiler.passes.remove_dead import remove_dead
 from sparse_compiler.passes.sdpa import sdpa_form
-from sparse_compiler.passes.symbolic_reader import argument, described, operation, tensor_of
+from sparse_compiler.passes.symbolic_reader import argument, described, tensor_of
 from sparse_compiler.passes.symbolic_tensor import Mutated, NotUnderstood, SymbolicTensors
 
 __all__ = ["forget_flex", "is_flex", "match_flex", "read_flex"]
 
 _READING = "sparse_compiler_flex"
 _MADE = "sparse_compiler_flex_made"
-# |logits| stay below this, so that a smaller constant gets weight 0 beside any visible key.
-_HIDDEN = -1e30
 
 _ELEMENTWISE = frozenset(
     {"add", "sub", "mul", "div", "truediv", "floordiv", "mod", "neg", "abs", "pow", "remainder"}
@@ -41,10 +42,9 @@ _ELEMENTWISE = frozenset(
     | {"sqrt", "tanh", "sin", "cos", "sign", "floor", "ceil", "round", "where", "masked_fill"}
     | {"le", "lt", "ge", "gt", "eq", "ne", "and_", "or_", "xor", "invert", "inv", "logical_and"}
     | {"logical_or", "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not"}
-    | {"to", "_to_copy", "float", "long", "int", "bool", "type", "clone", "contiguous"}
+    | (CASTS | {"long", "int", "bool"})
 )
 _GATHERS = frozenset({"getitem", "index"})
-_COPIES = frozenset({"to", "float", "double", "clone", "contiguous", "_to_copy"})
 
 
 def is_flex(node: fx.Node) -> bool:
@@ -134,7 +134,7 @@ def match_flex(node: fx.Node, tensors: SymbolicTensors) -> AttentionForm | None:
 def _scale(node: fx.Node, factor: float) -> float:
     given = argument(node, 5, "scale")
     if isinstance(given, fx.Node):
-        given = given.meta.get("example_value", given.meta.get("val"))
+        given = example_of(given)
     if given is None:
         query = tensor_of(node.args[0])  # type: ignore[arg-type]
         assert query is not None
@@ -286,7 +286,7 @@ class _Mod:
     # -- what is done to the score -----------------------------------------------------------------
 
     def _scored(self, node: fx.Node, name: str, args: tuple[Any, ...], kwargs: Any) -> _Score:
-        if name in _COPIES:
+        if name in CASTS:
             value = tensor_of(node)
             if value is None or value.dtype not in (torch.float32, torch.float64):
                 raise _Unread(f"{node.name} rounds the score")
@@ -339,7 +339,7 @@ class _Mod:
         return self._filled(node, score, cond, fill, "drop")
 
     def _filled(self, node: fx.Node, score: Any, cond: Any, fill: Any, kind: str) -> _Score:
-        if not isinstance(fill, int | float) or not fill <= _HIDDEN:
+        if not isinstance(fill, int | float) or not hides(fill, 1.0, torch.float32):
             raise _Unread(
                 f"{node.name} puts {fill} in the place of a score, which does not hide it"
             )

@@ -21,7 +21,7 @@ from sparse_compiler.ir.mask import Band, MaskFact, Proved
 from sparse_compiler.passes.context import PassContext
 from sparse_compiler.passes.emit_mask import emit_bounds, emit_padding
 from sparse_compiler.passes.form import AttentionForm, Axes, Element, MaskTerm
-from sparse_compiler.passes.grid import call
+from sparse_compiler.passes.grid import Place, call
 from sparse_compiler.passes.prove_mask import MaskProver
 from sparse_compiler.passes.sizes import SizeMissing, size_node
 from sparse_compiler.passes.symbolic_reader import GIVEN, Index, SymbolicReader
@@ -340,8 +340,9 @@ class _Finder:
         added: list[fx.Node] = []
         try:
             with graph.inserting_before(self.output):
+                place = Place(graph, self.tensors, axes, self._size, value.device)
                 for emitter in (emit_padding, emit_bounds):
-                    node = emitter(graph, self.tensors, axes, fact, self._size, value.device)
+                    node = emitter(place, fact)
                     if node is not None:
                         rest = [-1] * (1 if emitter is emit_padding else 2)
                         node = call(graph, "expand", node, self._size(axes.sizes[0]), *rest)

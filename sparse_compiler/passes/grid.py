@@ -11,6 +11,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -18,6 +19,8 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from sparse_compiler.ir.site import example_of
+from sparse_compiler.passes.form import Axes
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors, tensor_of
 from sparse_compiler.passes.symbolic_values import Choice, FloorDivide, Modulo
 
@@ -54,6 +57,31 @@ def emit(
     return emitter.tensor(emitter.value(value))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the operands of one attention's mask are computed.
+
+    Args:
+        graph: nodes are inserted at its insertion point.
+        tensors: the reader of the graph.
+        axes: of the attention.
+        size_of: an int or a node holding a SymInt for a size expression.
+        device: of the operands.
+    """
+
+    graph: fx.Graph
+    tensors: SymbolicTensors
+    axes: Axes
+    size_of: SizeOf
+    device: torch.device | str
+
+    def emit(self, value: Any, letters: str) -> fx.Node:
+        """``value`` over the axes that the letters of ``bhqk`` name, see `emit`."""
+        pairs = dict(zip("bhqk", self.axes.pairs, strict=True))
+        axes = [pairs[letter] for letter in letters]
+        return emit(self.graph, self.tensors, value, axes, self.size_of, self.device)
+
+
 def emit_element(
     graph: fx.Graph,
     tensors: SymbolicTensors,
@@ -80,7 +108,7 @@ def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     else:
         node = graph.call_function(target, args, kwargs)
         function = target
-    fake_args, fake_kwargs = fx.map_arg((args, kwargs), _value_of)
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), example_of)
     with _fake_mode(graph):
         node.meta["example_value"] = function(*fake_args, **fake_kwargs)
     return node
@@ -90,13 +118,9 @@ def _method(name: str, self: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(self, name)(*args, **kwargs)
 
 
-def _value_of(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def _fake_mode(graph: fx.Graph) -> Any:
     for node in graph.nodes:
-        mode = getattr(_value_of(node), "fake_mode", None)
+        mode = getattr(example_of(node), "fake_mode", None)
         if mode is not None:
             return mode
     return contextlib.nullcontext()

@@ -14,17 +14,26 @@ from typing import Any
 import sympy
 from torch import fx
 
-from sparse_compiler.ir.site import Operand, Step
+from sparse_compiler.ir.site import Operand, Step, tensor_of
 from sparse_compiler.passes.form import Element
-from sparse_compiler.passes.symbolic_reader import Index, operation
+from sparse_compiler.passes.operations import CASTS, operation
+from sparse_compiler.passes.symbolic_reader import Index
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 from sparse_compiler.passes.symbolic_values import FloorDivide, Modulo, floor_divide, modulo
 from sparse_compiler.passes.symbolic_views import VIEWS
 
-__all__ = ["Operand", "Wanted", "inverse_steps", "layout", "step_back", "tidy"]
+__all__ = [
+    "Operand",
+    "Wanted",
+    "divided",
+    "inverse_steps",
+    "layout",
+    "replaced",
+    "step_back",
+    "substituted",
+    "tidy",
+]
 
-# They keep every element and its index (with an unchanged dtype).
-_KEEPING = frozenset({"contiguous", "clone", "detach", "alias", "to", "type", "type_as"})
 _VIEW_LIMIT = 64
 
 
@@ -91,12 +100,10 @@ def step_back(
         return None
     name = operation(node) or ""
     try:
-        if name in _KEEPING:
+        if name in CASTS:
             source = node.args[0]
-            same = isinstance(source, fx.Node) and tensors.dtype(source) == tensors.dtype(node)
-            if not isinstance(source, fx.Node) or not same:
-                return None
-            return (source, index) if tensors.shape(source) == tensors.shape(node) else None
+            same = isinstance(source, fx.Node) and _is_same(tensors, source, node)
+            return (source, index) if same else None  # type: ignore[return-value]
         view = VIEWS.get(name)
         if view is None:
             return None
@@ -104,6 +111,14 @@ def step_back(
         return source, tuple(map(tidy, place))
     except NotUnderstood:
         return None
+
+
+def _is_same(tensors: SymbolicTensors, first: fx.Node, second: fx.Node) -> bool:
+    """Whether two nodes, one a cast of the other, hold equal tensors on one device."""
+    one, other = tensor_of(first), tensor_of(second)
+    if one is None or other is None or one.device != other.device:
+        return False
+    return one.dtype == other.dtype and tensors.shape(first) == tensors.shape(second)
 
 
 def tidy(expr: sympy.Expr) -> sympy.Expr:
@@ -300,33 +315,37 @@ def inverse_steps(
     return _shortened(steps)
 
 
-def substituted(element: Element, mapping: dict[sympy.Symbol, sympy.Expr]) -> Element:
+def substituted(
+    element: Element, mapping: dict[sympy.Symbol, sympy.Expr], tensors: SymbolicTensors
+) -> Element:
     """The element with its index written in other symbols."""
-    return replace(element, index=tuple(replaced(e, mapping) for e in element.index))
+    return replace(element, index=tuple(replaced(e, mapping, tensors) for e in element.index))
 
 
-def replaced(expr: sympy.Expr, mapping: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
+def replaced(
+    expr: sympy.Expr, mapping: dict[sympy.Symbol, sympy.Expr], tensors: SymbolicTensors
+) -> sympy.Expr:
     """``expr`` in other symbols; divisions of what was merged come apart again."""
     expr = sympy.sympify(expr)
     if isinstance(expr, sympy.Symbol):
         return mapping.get(expr, expr)
     if not expr.args or not expr.free_symbols & mapping.keys():
         return expr
-    args = [replaced(a, mapping) for a in expr.args]  # type: ignore[arg-type]
+    args = [replaced(a, mapping, tensors) for a in expr.args]  # type: ignore[arg-type]
     if isinstance(expr, FloorDivide | Modulo):
-        return divided(type(expr), args[0], args[1])
+        return divided(type(expr), args[0], args[1], tensors)
     return tidy(sympy.expand(expr.func(*args)))
 
 
-def divided(kind: Any, value: sympy.Expr, by: sympy.Expr) -> sympy.Expr:
-    """``(a * n + b) // n`` is a and its remainder b, where b is an index below n."""
+def divided(kind: Any, value: sympy.Expr, by: sympy.Expr, tensors: SymbolicTensors) -> sympy.Expr:
+    """``value // by`` (kind FloorDivide) or ``value % by`` (Modulo).
+
+    Of ``a * by + b`` that is a and b, where b is an index that is known to stay below ``by``.
+    """
     if isinstance(value, sympy.Add) and len(value.args) == 2:
         for outer, inner in (value.args, value.args[::-1]):
             quotient = outer / by
             whole = isinstance(quotient, sympy.Symbol) and quotient.is_integer
-            if whole and isinstance(inner, sympy.Symbol):
+            if whole and isinstance(inner, sympy.Symbol) and tensors.within(inner, by):
                 return quotient if kind is FloorDivide else inner  # type: ignore[return-value]
     return floor_divide(value, by) if kind is FloorDivide else modulo(value, by)
-
-
-__all__ += ["divided", "replaced", "substituted"]

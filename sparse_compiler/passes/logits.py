@@ -8,29 +8,28 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.ir.site import example_of
 from sparse_compiler.passes.chain_steps import (
-    CASTS,
     LIMIT,
     Failed,
     free_symbols,
-    is_parameter,
     is_row_maximum,
     is_view,
+    is_weight,
     number_of,
     plain_name,
     where_operands,
 )
 from sparse_compiler.passes.form import Element, MaskTerm
+from sparse_compiler.passes.hidden import hides
 from sparse_compiler.passes.layout import step_back
+from sparse_compiler.passes.operations import CASTS
 from sparse_compiler.passes.products import Product, broadcast, is_product, product_at
 from sparse_compiler.passes.symbolic_reader import Index, argument, tensor_of
 from sparse_compiler.passes.symbolic_tensor import Mutated, NotUnderstood, SymbolicTensors
 from sparse_compiler.passes.symbolic_values import Choice
 
 __all__ = ["Logits"]
-
-# |logits| stay below this, so that a smaller constant gets weight 0 beside any visible key.
-_HIDDEN = -1e30
 
 
 class Logits:
@@ -196,16 +195,12 @@ class Logits:
         if self.factors:
             # Its sign and size are not known: what is hidden may not stay so.
             raise Failed(node, "pairs are hidden before a factor that is a tensor")
-        if not self._hides(number * factor, dtype):
+        if not hides(number, factor, dtype):
             raise Failed(node, f"hidden pairs get {number * factor:g}, which need not vanish")
         if not isinstance(condition, fx.Node) or self.tensors.dtype(condition) != torch.bool:
             raise Failed(node, "the condition is no bool tensor")
         self.terms.append(MaskTerm(kind, broadcast(condition, index, self.tensors)))
         return self._side(node, inside, index, factor)
-
-    @staticmethod
-    def _hides(number: float, dtype: torch.dtype) -> bool:
-        return number <= max(torch.finfo(dtype).min, _HIDDEN)
 
     def _floored(self, node: fx.Node, index: Index, factor: float) -> bool:
         """Logits that are raised to a value so low that it hides: that moves hidden ones only."""
@@ -216,7 +211,7 @@ class Logits:
         if not isinstance(inside, fx.Node) or not self.has_product(inside):
             return False
         number = self.constant(floor)
-        known = number is not None and factor > 0 and self._hides(number * factor, torch.float64)
+        known = number is not None and factor > 0 and hides(number, factor, torch.float64)
         if not known or self.factors or (clamps and argument(node, 2, "max") is not None):
             raise Failed(node, "the logits are cut off")
         return self._side(node, inside, index, factor)
@@ -279,7 +274,7 @@ class Logits:
 
     def _is_score(self, node: fx.Node) -> bool:
         """A product of two activations; a linear layer's weight is a parameter."""
-        count = sum(is_parameter(n) for n in node.all_input_nodes)
+        count = sum(is_weight(n) for n in node.all_input_nodes)
         return count == 0
 
     def constant(self, value: Any) -> float | None:
@@ -291,7 +286,7 @@ class Logits:
         if not isinstance(value, fx.Node):
             return None
         if tensor_of(value) is None:
-            example = value.meta.get("example_value", value.meta.get("val"))
+            example = example_of(value)
             return float(example) if isinstance(example, float | int | torch.SymFloat) else None
         index = tuple(sympy.Dummy("i", integer=True) for _ in self.tensors.shape(value))
         try:

@@ -15,6 +15,7 @@ from torch import fx
 from sparse_compiler.config import check_invariants
 from sparse_compiler.errors import GraphInvariantBroken
 from sparse_compiler.ir.report import PassReport
+from sparse_compiler.ir.site import example_of
 from sparse_compiler.passes.canonicalize import canonicalize
 from sparse_compiler.passes.choose_pattern import choose_pattern
 from sparse_compiler.passes.context import PassContext
@@ -134,7 +135,7 @@ def _facts(gm: fx.GraphModule) -> _Facts:
 
 
 def _describe(node: fx.Node) -> Any:
-    example = node.meta.get("example_value", node.meta.get("val"))
+    example = example_of(node)
     if isinstance(example, torch.Tensor):
         # The sizes themselves: as text they are compared later, when a guard may have fixed some.
         return example.dtype, list(example.shape), example.device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from sparse_compiler.ir.site import AttentionSite
 from sparse_compiler.passes.bias import emit_bias
 from sparse_compiler.passes.emit_mask import emit_bounds, emit_padding
 from sparse_compiler.passes.form import Axes
-from sparse_compiler.passes.grid import call, emit
+from sparse_compiler.passes.grid import Place, call
 from sparse_compiler.passes.sizes import SizeMissing, size_node
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
 
@@ -83,9 +82,8 @@ class _Site:
 
     def __init__(self, owner: MaskEmitter, axes: Axes, fact: MaskFact, site: AttentionSite) -> None:
         self.owner, self.axes, self.fact = owner, axes, fact
-        self.graph, self.tensors = owner.graph, owner.tensors
-        self.site = site
-        self.device = site.query.example.device
+        self.graph, self.device = owner.graph, site.query.example.device
+        self.place = Place(owner.graph, owner.tensors, axes, owner.size, self.device)
 
     def operands(self) -> MaskOperands:
         fact, band = self.fact, self.fact.band
@@ -93,8 +91,8 @@ class _Site:
         return MaskOperands(
             rows=rows,
             key_mask=self._key_mask(),
-            bounds=self._of(emit_bounds),
-            bias=self._of(emit_bias),
+            bounds=emit_bounds(self.place, fact),
+            bias=emit_bias(self.place, fact),
             q_offset=q_offset,
             left=-1 if band.left is None else self._plain(band.left),
             right=-1 if band.right is None else self._plain(band.right),
@@ -103,17 +101,6 @@ class _Site:
 
     def _plain(self, expr: Any) -> Any:
         return self.owner.size(expr)
-
-    def _emit(self, value: Any, *names: str) -> fx.Node:
-        pairs = dict(zip("bhqk", self.axes.pairs, strict=True))
-        return emit(
-            self.graph,
-            self.tensors,
-            value,
-            [pairs[name] for name in names],
-            self.owner.size,
-            self.device,
-        )
 
     def _rows(self) -> tuple[fx.Node, Any]:
         """Rows whose offset the graph computes, and a bound of it that the host knows.
@@ -124,7 +111,9 @@ class _Site:
         if band.left is not None or band.right != 0:
             raise SizeMissing(f"a window whose place {band.q_offset} is known at run time only")
         # Lower than that, too, no row sees a key; either way it fits 32 bits.
-        offset = call(self.graph, "clamp", self._emit(band.q_offset), min=self._plain(-num_q))
+        offset = call(
+            self.graph, "clamp", self.place.emit(band.q_offset, ""), min=self._plain(-num_q)
+        )
         offset = call(self.graph, "clamp", offset, max=self._plain(num_k - 1))
         numbers = [0, self._plain(num_q), offset, 0, self._plain(num_k)]
         scalars = [
@@ -139,10 +128,7 @@ class _Site:
         return call(self.graph, "contiguous", rows), self._plain(num_k - 1)
 
     def _key_mask(self) -> fx.Node | None:
-        mask = self._of(emit_padding)
+        mask = emit_padding(self.place, self.fact)
         if mask is None:
             return None
         return call(self.graph, "expand", mask, self._plain(self.axes.sizes[0]), -1)
-
-    def _of(self, emitter: Callable[..., fx.Node | None]) -> fx.Node | None:
-        return emitter(self.graph, self.tensors, self.axes, self.fact, self.owner.size, self.device)

@@ -19,6 +19,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from sparse_compiler.errors import PluginFailed
+from sparse_compiler.ir.site import example_of
 from sparse_compiler.passes.operations import operation_of, overloads_of
 from sparse_compiler.passes.symbolic_values import Choice, NotUnderstood, Value, round_value
 from sparse_compiler.plugin_loading import Source, blamed, load_plugins, source_of
@@ -171,7 +172,7 @@ def _check_known(
     known = set(reader.size_bounds)
     known |= set().union(*(sympy.sympify(i).free_symbols for i in index))
     for part in (node, *node.all_input_nodes):
-        example = part.meta.get("example_value", part.meta.get("val"))
+        example = example_of(part)
         sizes = example.shape if isinstance(example, torch.Tensor) else (example,)
         for size in sizes:
             if isinstance(size, torch.SymInt):

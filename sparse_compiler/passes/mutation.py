@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparse_compiler.ir.site import example_of
 from sparse_compiler.passes.mask_rules import rule_for
 
 __all__ = ["INPLACE_OPERATORS", "MutationMap", "storage_of", "written_by"]
@@ -79,7 +80,7 @@ class MutationMap:
 
 def storage_of(node: fx.Node) -> object:
     """A key that nodes share whose tensors lie in one memory."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = example_of(node)
     if isinstance(value, torch.Tensor):
         try:
             return value.untyped_storage()._cdata

@@ -10,7 +10,28 @@ from torch import fx
 
 from sparse_compiler.ir.site import tensor_of
 
-__all__ = ["IN_PLACE", "calls", "functional", "operation", "operation_of", "overloads_of"]
+__all__ = [
+    "CASTS",
+    "IN_PLACE",
+    "KEEPING",
+    "MOVES",
+    "calls",
+    "functional",
+    "operation",
+    "operation_of",
+    "overloads_of",
+]
+
+# Operations that leave every element at its place: each set holds the one before it.
+# The element itself, at most in other memory.
+_COPIES = frozenset({"contiguous", "clone", "detach", "alias"})
+# It may get another dtype, by name a floating one. What `to` and its like change depends on their
+# arguments: who needs the same dtype or device has to compare. For logits and what leads to them.
+CASTS = _COPIES | {"to", "_to_copy", "type", "type_as"} | {"half", "bfloat16", "float", "double"}
+# Or another device, by name too. For masks, which are often made on the host.
+MOVES = CASTS | {"cpu", "cuda"}
+# Or by name a dtype of integers or truth. For values that are read exactly, whatever they are.
+KEEPING = MOVES | {"bool", "byte", "short", "int", "long"} | {"lift_fresh_copy", "positive"}
 
 
 def operation(node: fx.Node) -> str | None:

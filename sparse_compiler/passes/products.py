@@ -13,7 +13,7 @@ from sparse_compiler.passes.form import Element
 from sparse_compiler.passes.symbolic_reader import Index, argument, operation
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
 
-__all__ = ["Product", "contraction_size", "is_product", "product_at"]
+__all__ = ["Product", "broadcast", "contraction_size", "is_product", "product_at"]
 
 _MATMULS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "mm"})
 _ADDED = frozenset({"baddbmm", "addmm"})
@@ -98,9 +98,6 @@ def broadcast(node: fx.Node, index: Index, tensors: SymbolicTensors) -> Element:
     shape = tensors.shape(node)
     place = index[len(index) - len(shape) :]
     return Element(node, tuple(_ZERO if n == 1 else i for i, n in zip(place, shape, strict=True)))
-
-
-__all__ += ["broadcast"]
 
 
 def contraction_size(node: fx.Node, tensors: SymbolicTensors) -> sympy.Expr | None:

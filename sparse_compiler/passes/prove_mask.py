@@ -90,6 +90,13 @@ class _Proof:
         self.keys = (axes.key, axes.sizes[3])
 
     def result(self) -> MaskProof:
+        batch, _, num_q, num_k = self.axes.sizes[:4]
+        if 0 in (batch, num_q, num_k):
+            # Of no pairs every mask says the same: what this one hides is not the point.
+            sizes = f"{batch} batch entries, {num_q} rows and {num_k} keys"
+            return Refuted(
+                f"{self.name or 'the attention'}: there is nothing to attend to: {sizes}"
+            )
         try:
             effect = Effect()
             for term in self.terms:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
@@ -13,7 +15,7 @@ from torch._dynamo.source import ConstantSource
 from sparse_compiler.ir.mask import MaskFact, Proved
 from sparse_compiler.ir.pattern import LayerPatterns
 from sparse_compiler.ir.report import Code, PassReport
-from sparse_compiler.ir.site import AttentionSite, Operand, Step
+from sparse_compiler.ir.site import AttentionSite, Operand, Step, example_of
 from sparse_compiler.passes.context import META, Decision, PassContext, SiteState
 from sparse_compiler.passes.grid import call
 from sparse_compiler.passes.mask_operands import MaskEmitter
@@ -80,7 +82,8 @@ class _Rewriter:
                 self._sparse(state, site, fact, state.decision)
                 return True
             except (SizeMissing, NotUnderstood) as missing:
-                reason = f"the mask cannot be computed from the graph's inputs: {missing}"
+                what = "the strides" if isinstance(missing, _StridesUnknown) else "the mask"
+                reason = f"{what} cannot be computed from the graph's inputs: {missing}"
                 state.fail(Code.SIZES, reason)
                 report.decision, report.code, report.reason = "declined", Code.SIZES, reason
                 report.pattern, report.conditions = "", list(state.conditions)
@@ -111,6 +114,8 @@ class _Rewriter:
         graph, node, report = self.graph, site.node, state.report
         with graph.inserting_before(site.anchor):
             # First what may fail, so that nothing else has been inserted then.
+            for old in (node, *(n for n, _ in site.log_sums)):
+                _check_strides(old)
             mask = self.masks.operands(state.form.axes, fact, site)
             sinks = None if site.sinks is None else self._emit(site.sinks)
             q, k, v = (self._emit(o) for o in (site.query, site.key, site.value))
@@ -132,7 +137,7 @@ class _Rewriter:
             assert log_sum is not None
             with graph.inserting_after(log_sum):
                 new = self._result(log_sum, steps, old)
-            new.meta["example_value"] = old.meta.get("example_value", old.meta.get("val"))
+            new.meta["example_value"] = example_of(old)
             self.left += old.all_input_nodes
             self._replace(old, new)
 
@@ -147,14 +152,14 @@ class _Rewriter:
         old, new = tensor_of(node), tensor_of(out)
         if old is None or new is None or not _viewed(node):
             return out
-        strides = [size_expr(n) for n in old.stride()]
-        if strides == [size_expr(n) for n in new.stride()]:
+        if [*map(size_expr, old.stride())] == [*map(size_expr, new.stride())]:
             return out
-        if not old.is_contiguous() and all(s.is_Integer for s in strides):
-            order = sorted(range(old.dim()), key=lambda n: -int(strides[n]))
-            out = call(self.graph, "contiguous", call(self.graph, "permute", out, order))
-            return call(self.graph, "permute", out, [order.index(n) for n in range(old.dim())])
-        return call(self.graph, "contiguous", out)
+        order = _order_of(old)
+        assert order is not None  # _check_strides has seen to it
+        if order == sorted(order):
+            return call(self.graph, "contiguous", out)
+        out = call(self.graph, "contiguous", call(self.graph, "permute", out, order))
+        return call(self.graph, "permute", out, [order.index(n) for n in range(old.dim())])
 
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         node.replace_all_uses_with(new)
@@ -177,7 +182,7 @@ class _Rewriter:
 
     def _like(self, out: fx.Node, node: fx.Node) -> fx.Node:
         """The result in the dtype of the node that it replaces."""
-        old = node.meta.get("example_value", node.meta.get("val"))
+        old = example_of(node)
         new = out.meta["example_value"]
         return (
             out if old is None or old.dtype == new.dtype else call(self.graph, "to", out, old.dtype)
@@ -201,11 +206,11 @@ class _Rewriter:
         budget = -1.0 if patterns.budget is None else patterns.budget
         choice = (budget, decision.min_tokens, capability.name, number)
         chosen = [registry.get(name) for name in patterns.names]
-        readers = [pattern.number for pattern in chosen if pattern.reads_summary]
+        group = registry.summary_group(chosen, capability.block_k)
         ops = torch.ops.sparse_compiler
         summary = self._operator(
             ops.summarize_keys.default,
-            *(k, mask.rows, mask.key_mask, capability.block_k, readers, *choice),
+            *(k, mask.rows, mask.key_mask, group, *choice),
         )
         index = self._operator(
             ops.select.default,
@@ -255,10 +260,40 @@ def _viewed(node: fx.Node) -> bool:
     return False
 
 
+class _StridesUnknown(NotUnderstood):
+    """A view relies on strides that no order of the dimensions has; the text names the node."""
+
+
+def _check_strides(node: fx.Node) -> None:
+    """Raises _StridesUnknown where `_laid_out` would not know what to do."""
+    value = tensor_of(node)
+    if value is not None and _viewed(node) and _order_of(value) is None:
+        raise _StridesUnknown(f"{node.name} has strides {tuple(value.stride())}")
+
+
+def _order_of(value: torch.Tensor) -> list[int] | None:
+    """The dimensions as they lie in memory, the outermost first; None if that is not known.
+
+    Symbolic strides are those of one order of the dimensions without gaps, or of none.
+    """
+    strides, sizes = ([size_expr(n) for n in ns] for ns in (value.stride(), value.shape))
+    if all(s.is_Integer for s in strides) and not value.is_contiguous():
+        return sorted(range(value.dim()), key=lambda n: -int(strides[n]))
+    for order in itertools.permutations(range(value.dim())):
+        expected: sympy.Expr = sympy.Integer(1)
+        for n in reversed(order):
+            if sizes[n] != 1 and sympy.expand(strides[n] - expected) != 0:
+                break
+            expected *= sizes[n]
+        else:
+            return list(order)
+    return None
+
+
 def _signature(value: Any) -> Any:
     """What the fake result of a call depends on, for an argument or several."""
     if isinstance(value, fx.Node):
-        value = value.meta.get("example_value", value.meta.get("val"))
+        value = example_of(value)
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, *(size_expr(n) for n in value.shape)
     if isinstance(value, torch.SymInt):

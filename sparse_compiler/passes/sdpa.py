@@ -39,6 +39,8 @@ _TARGETS = (
     torch.nn.functional.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
+# What a flag that is not known leaves unknown.
+_FLAGS = {"is_causal": Code.MASK_UNKNOWN, "enable_gqa": Code.SHAPES}
 
 
 def is_sdpa(node: fx.Node) -> bool:
@@ -63,6 +65,11 @@ def match_sdpa(node: fx.Node, tensors: SymbolicTensors) -> AttentionForm | None:
         return unread_form(
             node, node, tensors, (Code.SHAPES, "the graph does not say what q, k and v are")
         )
+    for name, code in _FLAGS.items():
+        if isinstance(given[name], fx.Node):
+            # A graph made by hand may compute it: the value is not known before the run.
+            reason = f"{name} is computed by the graph ({given[name].name})"
+            return unread_form(node, node, tensors, (code, reason))
     try:
         return sdpa_form(node, given, tensors)
     except NotUnderstood as reason:
@@ -98,14 +105,14 @@ def sdpa_form(node: fx.Node, given: dict[str, Any], tensors: SymbolicTensors) ->
     if made is None:
         raise NotUnderstood(f"which dimensions of {shape} are heads")
     axes, mapping = made
-    first, second, third, output = (substituted(e, mapping) for e in elements)
+    first, second, third, output = (substituted(e, mapping, tensors) for e in elements)
     return AttentionForm(
         axes=axes,
         query=first,
         key=second,
         value=third,
         output=output,
-        terms=tuple(MaskTerm(t.kind, substituted(t.where, mapping)) for t in terms),
+        terms=tuple(MaskTerm(t.kind, substituted(t.where, mapping, tensors)) for t in terms),
         is_causal=bool(given["is_causal"]),
         scale=given["scale"],
         dropout=given["dropout_p"],

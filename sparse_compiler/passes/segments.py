@@ -11,13 +11,13 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from sparse_compiler.passes.form import Axes
+from sparse_compiler.passes.operations import KEEPING, operation
 from sparse_compiler.passes.predicates import rewrite
 from sparse_compiler.passes.symbolic_tensor import (
     Index,
     NotUnderstood,
     SymbolicTensors,
     argument,
-    operation,
     tensor_of,
 )
 from sparse_compiler.passes.symbolic_values import Choice, conj, disj, is_bool
@@ -27,23 +27,6 @@ __all__ = ["is_monotone", "segments_as_intervals"]
 
 # Casts that cannot turn an order around: counts of a sequence's tokens fit all of these.
 _WIDE = (torch.int64, torch.int32, torch.float32, torch.float64)
-_COPIES = frozenset(
-    (
-        *(
-            "to",
-            "_to_copy",
-            "type",
-            "type_as",
-            "int",
-            "long",
-            "float",
-            "double",
-            "contiguous",
-            "clone",
-        ),
-        *("detach", "alias", "cpu", "cuda"),
-    )
-)
 
 
 def segments_as_intervals(tensors: SymbolicTensors, axes: Axes, pred: Any) -> Any:
@@ -113,7 +96,7 @@ def is_monotone(
         check = _CHECKS.get(name)
         if check is not None and value is not None:
             return check(tensors, node, index, at[0], symbol)
-        if name in _COPIES and value is not None and isinstance(source, fx.Node):
+        if name in KEEPING and value is not None and isinstance(source, fx.Node):
             counts = tensors.dtype(source) in _WIDE and value.dtype in _WIDE
             return counts and is_monotone(tensors, source, index, symbol)
     except NotUnderstood:

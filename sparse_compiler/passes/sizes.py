@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.ir.site import example_of
+
 __all__ = ["SizeMissing", "size_node"]
 
 
@@ -63,7 +65,7 @@ def _call(graph: fx.Graph, operation: Any, left: Any, right: Any) -> fx.Node:
 def _value(size: Any) -> Any:
     if not isinstance(size, fx.Node):
         return size
-    return size.meta.get("example_value", size.meta.get("val"))
+    return example_of(size)
 
 
 def _symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
@@ -72,7 +74,7 @@ def _symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
     for node in graph.nodes:
         if node.op != "placeholder":
             continue
-        value = node.meta.get("example_value", node.meta.get("val"))
+        value = example_of(node)
         if isinstance(value, torch.SymInt) and value.node.expr == symbol:
             return node
         if isinstance(value, torch.Tensor) and sized is None:
@@ -82,6 +84,6 @@ def _symbol(graph: fx.Graph, symbol: sympy.Symbol) -> fx.Node:
     if sized is None:
         raise SizeMissing(symbol)
     node = graph.call_method("size", sized)
-    value: Any = sized[0].meta.get("example_value", sized[0].meta.get("val"))
+    value: Any = example_of(sized[0])
     node.meta["example_value"] = value.shape[sized[1]]
     return node

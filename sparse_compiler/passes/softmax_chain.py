@@ -17,7 +17,6 @@ from torch import fx
 from sparse_compiler.ir.report import Code
 from sparse_compiler.passes.axes import attention_axes, unread_form
 from sparse_compiler.passes.chain_steps import (
-    CASTS,
     LIMIT,
     Failed,
     absorbed,
@@ -31,8 +30,9 @@ from sparse_compiler.passes.chain_steps import (
 from sparse_compiler.passes.form import AttentionForm, Element, MaskTerm
 from sparse_compiler.passes.layout import divided, replaced, step_back, substituted, tidy
 from sparse_compiler.passes.logits import Logits
+from sparse_compiler.passes.operations import CASTS, operation
 from sparse_compiler.passes.products import broadcast, is_product, product_at
-from sparse_compiler.passes.symbolic_reader import Index, argument, operation, tensor_of
+from sparse_compiler.passes.symbolic_reader import Index, argument, tensor_of
 from sparse_compiler.passes.symbolic_tensor import Mutated, NotUnderstood, SymbolicTensors
 from sparse_compiler.passes.symbolic_values import FloorDivide, Modulo
 
@@ -301,30 +301,33 @@ class _Roles:
         if made is None:
             return self._unread("which axes are the heads'")
         axes, mapping = made
-        solved = _solve(second.index, second.rows, [replaced(r, mapping) for r in self.rows])
+        targets = [replaced(r, mapping, self.tensors) for r in self.rows]
+        solved = _solve(second.index, second.rows, targets, self.tensors)
         if solved is None:
             return self._unread("how the second product is laid out")
         solved |= {inner: axes.value_dim, second.contracted: axes.key}
         for symbol in second.index:
             solved.setdefault(symbol, sympy.Integer(0))  # type: ignore[arg-type]
+
+        def moved(element: Element) -> Element:
+            return substituted(element, mapping, self.tensors)
+
+        output = Element(second.node, second.index)
         return AttentionForm(
             axes=axes,
-            query=substituted(self.q, mapping),
-            key=substituted(self.k, mapping),
-            value=substituted(second.values, solved),
-            output=substituted(Element(second.node, second.index), solved),
-            terms=tuple(
-                MaskTerm(t.kind, substituted(t.where, mapping), t.factor)
-                for t in reversed(logits.terms)
-            ),
+            query=moved(self.q),
+            key=moved(self.k),
+            value=substituted(second.values, solved, self.tensors),
+            output=substituted(output, solved, self.tensors),
+            terms=tuple(MaskTerm(t.kind, moved(t.where), t.factor) for t in reversed(logits.terms)),
             scale=logits.scale,
             dropout=logits.dropout,
             softcap=logits.softcap,
-            sinks=None if logits.sinks is None else substituted(logits.sinks, mapping),
-            factors=tuple((substituted(e, mapping), divides) for e, divides in logits.factors),
+            sinks=None if logits.sinks is None else moved(logits.sinks),
+            factors=tuple((moved(e), divides) for e, divides in logits.factors),
             spelling="softmax chain",
             inner=tuple(dict.fromkeys((*self.chain.inner, *logits.inner))),
-            log_sums=tuple(substituted(e, mapping) for e in self.chain.log_sums),
+            log_sums=tuple(moved(e) for e in self.chain.log_sums),
         )
 
     def _value_axis(self) -> sympy.Symbol | None:
@@ -349,7 +352,7 @@ class _Roles:
 
 
 def _solve(
-    out_index: Index, probs: Index, targets: list[sympy.Expr]
+    out_index: Index, probs: Index, targets: list[sympy.Expr], tensors: SymbolicTensors
 ) -> dict[sympy.Symbol, sympy.Expr] | None:
     """The output's index symbols such that ``probs`` equals ``targets``; None if unclear."""
     solved: dict[sympy.Symbol, sympy.Expr] = {}
@@ -371,8 +374,8 @@ def _solve(
             outer = next((a for a in high[0].args if a in out_index), None)
             if by is None or outer is None:
                 return None
-            solved[outer] = divided(FloorDivide, target, by)  # type: ignore[index]
-            solved[low[0]] = divided(Modulo, target, by)  # type: ignore[arg-type]
+            solved[outer] = divided(FloorDivide, target, by, tensors)  # type: ignore[index]
+            solved[low[0]] = divided(Modulo, target, by, tensors)  # type: ignore[arg-type]
         else:
             return None
     for symbol, both in parts.items():

@@ -11,6 +11,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from sparse_compiler.passes.operations import KEEPING
 from sparse_compiler.passes.symbolic_reader import (
     Evaluate,
     Index,
@@ -249,14 +250,6 @@ def _triangle(lower: bool, reader: SymbolicReader, node: fx.Node, index: Index) 
     return choose(kept, value, round_value(sympy.Integer(0), reader.dtype(node)))
 
 
-# They change dtype, device or layout, never which element is where.
-_CASTS = (
-    *("to", "_to_copy", "type", "type_as", "bool", "byte", "short", "int", "long"),
-    *("half", "bfloat16", "float", "double", "cpu", "cuda", "contiguous", "clone"),
-    *("detach", "alias", "lift_fresh_copy", "positive"),
-)
-
-
 def _table() -> dict[str, Evaluate]:
     table: dict[str, Evaluate] = {
         "arange": _arange,
@@ -288,7 +281,7 @@ def _table() -> dict[str, Evaluate]:
         stem = ("zeros", "ones")[value]
         for name in (stem, f"{stem}_like", f"new_{stem}"):
             table[name] = partial(_constant, float(value))
-    table.update(dict.fromkeys(_CASTS, _cast))
+    table.update(dict.fromkeys(KEEPING, _cast))
     for kind in ("le", "lt", "ge", "gt", "eq", "ne"):
         table[kind] = table[f"__{kind}__"] = partial(_relation, kind)
     longer = {"less_equal": "le", "less": "lt", "greater_equal": "ge", "greater": "gt"}

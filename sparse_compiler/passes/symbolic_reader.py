@@ -19,6 +19,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from sparse_compiler.ir.site import example_of, tensor_of
 from sparse_compiler.passes.mask_rules import rule_for
 from sparse_compiler.passes.mutation import MutationMap
 from sparse_compiler.passes.operations import IN_PLACE, functional, operation
@@ -51,12 +52,6 @@ Evaluate = Callable[["SymbolicReader", fx.Node, Index], Value]
 
 class Mutated(Exception):
     """The value depends on memory that the graph writes in place; the text names the node."""
-
-
-def tensor_of(node: fx.Node) -> torch.Tensor | None:
-    """The fake tensor that tracing left on `node`, or None."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, torch.Tensor) else None
 
 
 def size_expr(size: Any) -> sympy.Expr:
@@ -150,7 +145,7 @@ class SymbolicReader:
     def size(self, size: Any) -> sympy.Expr:
         """A size as an expression; remembers what the tracer knows about its symbols."""
         if isinstance(size, fx.Node):
-            size = size.meta.get("example_value", size.meta.get("val"))
+            size = example_of(size)
         if isinstance(size, torch.SymInt):
             self._learn_bounds(size)
         return size_expr(size)

@@ -15,6 +15,7 @@ from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
 
 __all__ = [
+    "WHOLE_BLOCKS",
     "BandChoice",
     "BandRule",
     "BlockChoice",
@@ -23,6 +24,8 @@ __all__ = [
     "SelectRequest",
     "keep_best",
 ]
+
+WHOLE_BLOCKS = -1
 
 Probe = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 KeepBest = Callable[[Tensor, Tensor, int], Tensor]
@@ -104,7 +107,8 @@ class SelectRequest:
 
     Args:
         q: [B, Hq, Lq, D].  k: [B, Hkv, Lk, D].
-        summary: [B, Hkv, key blocks, D] mean of each key block's visible keys, or no blocks at all.
+        summary: [B, Hkv, groups, D] mean of the visible keys of each group of ``group`` keys; 0
+            where a group has none. No groups where no pattern of the layer reads them.
         heads: int64 [S], the query head of each slot.
         first, second: int64 [S], the patterns' numbers.
         geometry: band of the mask and blocking.
@@ -116,6 +120,7 @@ class SelectRequest:
         bias: added to the logits, of rank 4 or 2, or None; as in ``ops``.
         probe: ``(heads, first_row, num_rows) -> (columns, distances)``, see ``Executor.probe``.
         keep_best: as the function of that name.
+        group: keys of a group of ``summary``; divides ``geometry.block_k``.
     """
 
     q: Tensor
@@ -133,6 +138,7 @@ class SelectRequest:
     keep_best: KeepBest = keep_best
     bounds: Tensor | None = None
     bias: Tensor | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ class Pattern(ABC):
             The band is stored by distance from a row's position and is causal, so for every other
             mask a pattern fills blocks.
         needs_causal: True if it makes sense for causal masks only: no ``choose_two_sided``.
-        reads_summary: True if it reads the means of key blocks.
+        summary_keys: how many neighbouring keys share one mean in the summary that it reads, a
+            power of two; 0 if it reads none, ``WHOLE_BLOCKS`` for a mean of each key block.
         rule: what ``choose`` does, where a rule can say it; an executor may take it instead.
     """
 
@@ -175,7 +182,7 @@ class Pattern(ABC):
     number: int
     component: Literal["band", "blocks"]
     needs_causal: bool = True
-    reads_summary: bool = False
+    summary_keys: int = 0
     rule: BandRule | None = None
 
     @abstractmethod

@@ -7,8 +7,15 @@ from torch import Tensor
 
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import BlockChoice, Limits, Pattern, SelectRequest
+from sparse_compiler.patterns.base import (
+    WHOLE_BLOCKS,
+    BlockChoice,
+    Limits,
+    Pattern,
+    SelectRequest,
+)
 from sparse_compiler.patterns.relation import request_relation
+from sparse_compiler.patterns.summaries import means_of
 
 __all__ = ["PUBLISHED_BLOCK", "BlockSparse"]
 
@@ -35,7 +42,7 @@ class BlockSparse(Pattern):
     number = 3
     component = "blocks"
     needs_causal = False
-    reads_summary = True
+    summary_keys = WHOLE_BLOCKS
 
     def default(self) -> HeadPattern:
         return HeadPattern(self.name, 100)
@@ -74,7 +81,7 @@ def _choose_head(request: SelectRequest, slot: int, visible: Tensor, own: Tensor
     groups = request.q.shape[1] // request.k.shape[1]
     queries = request.q.index_select(1, head)[:, 0]
     means = _block_means(queries, geometry.block_q)
-    summary = request.summary.index_select(1, head // groups)[:, 0].float()
+    summary = means_of(request, head // groups, geometry.block_k)
     scores = torch.matmul(means, summary.transpose(-1, -2)) * request.scale
     if request.bias is not None:
         scores = scores + _block_bias(request.bias, head, geometry, request.q.shape[2])

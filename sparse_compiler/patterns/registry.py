@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from sparse_compiler.errors import PatternInvalid, PluginFailed
 from sparse_compiler.patterns.a_shape import AShape
-from sparse_compiler.patterns.base import Pattern
+from sparse_compiler.patterns.base import WHOLE_BLOCKS, Pattern
 from sparse_compiler.patterns.block_sparse import BlockSparse
 from sparse_compiler.patterns.dense import Dense
 from sparse_compiler.patterns.vertical_slash import VerticalSlash
@@ -21,6 +23,7 @@ __all__ = [
     "pattern",
     "register",
     "source",
+    "summary_group",
 ]
 
 ENTRY_POINT_GROUP = "sparse_compiler.patterns"
@@ -132,3 +135,15 @@ def by_config_name(name: str) -> Pattern | None:
     """The pattern that the published configuration format calls ``name``."""
     _load_plugins()
     return next((p for p in _PATTERNS.values() if p.config_name == name), None)
+
+
+def summary_group(patterns: Iterable[Pattern], block_k: int) -> int:
+    """Keys that share a mean in the one summary which these patterns read; 0 if none reads it.
+
+    The smallest wish holds: larger groups' means follow from it (``summaries.means_of``).
+    """
+    wanted = [p.summary_keys for p in patterns if p.summary_keys]
+    return min(
+        (block_k if keys == WHOLE_BLOCKS else math.gcd(keys, block_k) for keys in wanted),
+        default=0,
+    )

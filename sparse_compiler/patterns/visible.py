@@ -7,7 +7,24 @@ from torch import Tensor
 
 from sparse_compiler.ir.index import Geometry
 
-__all__ = ["bias_of_rows", "row_intervals"]
+__all__ = ["bias_of_rows", "row_intervals", "visible_keys"]
+
+
+def visible_keys(
+    rows: Tensor, key_mask: Tensor | None, num_k: int, multiple: int = 1
+) -> Tensor:
+    """Which keys any row may see by padding alone, bool [B, Lk rounded up to ``multiple``].
+
+    Args:
+        rows: int32 [B, 5];  key_mask: bool [B, Lk] or None; as in ``ops``.
+    """
+    size = -(-num_k // multiple) * multiple
+    key = torch.arange(size, device=rows.device)
+    start, length = rows[:, 3, None], rows[:, 4, None]
+    visible = (key >= start) & (key < (start + length).clamp(max=num_k))
+    if key_mask is None:
+        return visible
+    return visible & torch.nn.functional.pad(key_mask, (0, size - num_k))
 
 
 def row_intervals(

@@ -14,6 +14,7 @@ from sparse_compiler import ops
 from sparse_compiler.errors import ExecutorUnavailable, ShapeMismatch, TensorInvalid
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import fewest_queries
+from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits, SelectRequest
 from sparse_compiler.runtime import recorder, select
 from sparse_compiler.runtime.dense import attend_dense
@@ -134,8 +135,7 @@ def summarize_keys(
     k: Tensor,
     rows: Tensor | None,
     key_mask: Tensor | None,
-    block_k: int,
-    pattern_ids: list[int],
+    group: int,
     budget: float,
     min_tokens: int,
     executor: str,
@@ -145,11 +145,11 @@ def summarize_keys(
     if k.dim() != 4:
         raise ShapeMismatch("k", "of rank 4, [B, heads, L, D]", tuple(k.shape))
     _check_rows(rows, key_mask, k.shape[0], k.shape[2])
-    if not pattern_ids or k.shape[2] < min_tokens or budget >= 1:
-        return k.new_zeros(ops.summary_shape(k.shape, block_k, pattern_ids))
+    if not group or k.shape[2] < min_tokens or budget >= 1:
+        return k.new_zeros(ops.summary_shape(k.shape, group))
     if rows is None:
         rows = select.default_rows(k.shape[0], 0, k.shape[2], 0, key_mask, k.device)
-    return select.summarize(k, rows, key_mask, block_k)
+    return select.summarize(k, rows, key_mask, group)
 
 
 @for_site
@@ -220,6 +220,7 @@ def select_keys(
         probe=probe,
         bounds=bounds,
         bias=bias,
+        group=registry.summary_group(map(registry.by_number, pattern_ids), block_k),
     )
     with recorder.timed(site, q.device) as record:
         index = select.select_index(request, params, pattern_ids, num_slots, limits, budget, runner)

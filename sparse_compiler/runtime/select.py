@@ -20,6 +20,7 @@ from sparse_compiler.patterns.base import (
     SelectRequest,
 )
 from sparse_compiler.patterns.relation import block_relation
+from sparse_compiler.patterns.visible import visible_keys
 from sparse_compiler.plugin_loading import blamed
 from sparse_compiler.runtime.executor import Executor
 
@@ -51,21 +52,16 @@ def default_rows(
     return rows
 
 
-def summarize(k: Tensor, rows: Tensor, key_mask: Tensor | None, block_k: int) -> Tensor:
-    """Mean of the visible keys of each key block, [B, Hkv, key blocks, D] in k.dtype.
+def summarize(k: Tensor, rows: Tensor, key_mask: Tensor | None, group: int) -> Tensor:
+    """Mean of the visible keys of each group of neighbours, [B, Hkv, groups, D] in k.dtype.
 
-    A block without a visible key gets 0; selection never ranks it.
+    A group without a visible key gets 0; selection never ranks it.
     """
     batch, heads, num_k, dim = k.shape
-    blocks = -(-num_k // block_k)
-    key = torch.arange(num_k, device=k.device)
-    start, length = rows[:, 3, None], rows[:, 4, None]
-    visible = (key >= start) & (key < start + length)
-    if key_mask is not None:
-        visible = visible & key_mask
-    pad = blocks * block_k - num_k
-    weight = torch.nn.functional.pad(visible, (0, pad)).view(batch, 1, blocks, block_k, 1)
-    keys = torch.nn.functional.pad(k, (0, 0, 0, pad)).view(batch, heads, blocks, block_k, dim)
+    groups = -(-num_k // group)
+    weight = visible_keys(rows, key_mask, num_k, group).view(batch, 1, groups, group, 1)
+    pad = groups * group - num_k
+    keys = torch.nn.functional.pad(k, (0, 0, 0, pad)).view(batch, heads, groups, group, dim)
     total = torch.where(weight, keys, 0).sum(3, dtype=torch.float32)
     return (total / weight.sum(3).clamp(min=1)).to(k.dtype)
 

@@ -165,7 +165,7 @@ def select(pattern: str, q: Tensor, k: Tensor) -> Callable[[], Any]:
 
     def call() -> Any:
         summary = operators.summarize_keys(
-            k, None, None, 64, numbers if found.reads_summary else [], -1.0, 0, "triton", -1
+            k, None, None, registry.summary_group([found], 64), -1.0, 0, "triton", -1
         )
         return operators.select(
             q,

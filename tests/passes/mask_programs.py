@@ -20,8 +20,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.overrides import TorchFunctionMode
 
 from sparse_compiler.ir.mask import MaskFact, MaskProof, Proved
-from sparse_compiler.passes import emit_mask
+from sparse_compiler.passes.bias import emit_bias
+from sparse_compiler.passes.emit_mask import emit_bounds, emit_padding
 from sparse_compiler.passes.form import Axes, Element, MaskTerm
+from sparse_compiler.passes.grid import Place
 from sparse_compiler.passes.prove_mask import MaskProver
 from sparse_compiler.passes.symbolic_tensor import SymbolicTensors
 
@@ -171,11 +173,14 @@ class Recorded:
         return self.shape_env.create_symintnode(expr, hint=None)
 
     def _emit(self, fact: MaskFact) -> None:
-        args = (self.graph, self.tensors, self.axes, fact, self.size_of, "cpu")
-        for name in ("padding", "bounds", "rows", "bias"):
-            node = getattr(emit_mask, f"emit_{name}")(*args)
+        place = Place(self.graph, self.tensors, self.axes, self.size_of, "cpu")
+        emitters = {"padding": emit_padding, "bounds": emit_bounds, "bias": emit_bias}
+        for name, emitter in emitters.items():
+            node = emitter(place, fact)
             if node is not None:
                 self.outputs[name] = node
+        if fact.offset_is_read:
+            self.outputs["offset"] = place.emit(fact.band.q_offset, "")
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -265,9 +270,10 @@ def _by_fact(fact: MaskFact, found: dict[str, Any], shape: Any, known: Any) -> A
     def size(value: Any) -> int:
         return int(sympy.sympify(value).subs(known))
 
-    if "rows" in found:
-        assert found["rows"].dtype == torch.int64
-        rows = found["rows"].expand(num_q)
+    if "offset" in found:
+        assert found["offset"].dtype == torch.int64
+        assert found["offset"].dim() == 0
+        rows = torch.arange(num_q) + found["offset"]
     else:
         rows = torch.arange(num_q) + size(band.q_offset)
     visible = torch.ones(num_q, num_k, dtype=torch.bool)

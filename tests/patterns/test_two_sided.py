@@ -268,6 +268,7 @@ def test_nothing_waits_for_the_device(bias_shape: tuple[int, ...], right: int) -
             probe=lambda *_: (none, none),
             bounds=bounds,
             bias=bias,
+            group=16,
         )
         index = select_index(request, mode.from_tensor(params), numbers, [0, 4], limits, -1.0)
         share = recorder.density(index, call.geometry, rows, 300, 300, bounds)

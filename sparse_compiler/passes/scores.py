@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparse_compiler.ir.site import example_of
+from sparse_compiler.passes.operations import CASTS, operation
+from sparse_compiler.passes.origins import is_parameter
 from sparse_compiler.passes.products import is_product
-from sparse_compiler.passes.symbolic_reader import argument, operation, tensor_of
+from sparse_compiler.passes.symbolic_reader import argument, tensor_of
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 from sparse_compiler.passes.symbolic_views import VIEWS
 
-__all__ = ["is_signal"]
+__all__ = ["is_score"]
 
 _MADE = frozenset({"linear", "embedding", "conv1d", "conv2d", "layer_norm", "rms_norm"})
-_CASTS = frozenset(
-    {"to", "_to_copy", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous"}
-    | {"clone", "detach", "alias"}
-)
-_MOVED = _CASTS | {
+_MOVED = CASTS | {
     *("gather", "index_select", "take_along_dim", "roll", "cat", "concat", "stack"),
     *("split", "chunk", "unbind"),
 }
@@ -39,7 +38,7 @@ _LEAST = -1e3
 _LIMIT = 64
 
 
-def is_signal(tensors: SymbolicTensors, node: fx.Node) -> bool:
+def is_score(tensors: SymbolicTensors, node: fx.Node) -> bool:
     """Whether ``node`` [.., Lq, Lk] is computed from products and look-ups and hides nothing."""
     work, seen = [node], set()
     while work:
@@ -58,8 +57,7 @@ def is_signal(tensors: SymbolicTensors, node: fx.Node) -> bool:
 
 def _sources(tensors: SymbolicTensors, node: fx.Node) -> list[fx.Node] | None:
     """What a node's numbers come from; None where they may be a mask's."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    if isinstance(value, torch.nn.Parameter) or node.op == "get_attr" or is_product(node):
+    if is_parameter(node) or is_product(node):
         return []
     name = operation(node) or getattr(node.target, "__name__", "")
     if name in _MADE:
@@ -69,7 +67,7 @@ def _sources(tensors: SymbolicTensors, node: fx.Node) -> list[fx.Node] | None:
     if name in VIEWS or name in _MOVED or name in _COMBINED or name in _FILLED:
         floats: list[fx.Node] = []
         fx.map_arg((node.args, node.kwargs), floats.append)
-        if name in _CASTS and floats and not _is_float(floats[0]):
+        if name in CASTS and floats and not _is_float(floats[0]):
             return None  # a mask of bools or ints as numbers
         return [n for n in floats if _is_float(n) and not _is_constant(tensors, n)]
     return None
@@ -78,7 +76,7 @@ def _sources(tensors: SymbolicTensors, node: fx.Node) -> list[fx.Node] | None:
 def _is_float(node: fx.Node) -> bool:
     value = tensor_of(node)
     if value is None:  # the parts of a split
-        return not isinstance(node.meta.get("example_value"), int | float | torch.SymInt)
+        return not isinstance(example_of(node), int | float | torch.SymInt)
     return value.dtype.is_floating_point
 
 
