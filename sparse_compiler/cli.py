@@ -98,6 +98,14 @@ def tune(context: typer.Context) -> None:
     run_command(tune_command, context)
 
 
+@app.command(**PASS_ON)
+def search(context: typer.Context) -> None:
+    """Find the best pattern of every head at one cost. See `search --help`."""
+    from sparse_compiler.cli_search import search_command
+
+    run_command(search_command, context)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -21,7 +21,20 @@ __all__ = [
     "shared_cache_directory",
 ]
 
-PATTERNS = ("auto", "vertical_slash", "block_sparse", "a_shape", "dense")
+PATTERNS = (
+    "auto",
+    "vertical_slash",
+    "block_sparse",
+    "a_shape",
+    "key_groups",
+    "low_rank",
+    "tri_shape",
+    "adaptive",
+    "key_means",
+    "antidiagonal",
+    "switching",
+    "dense",
+)
 ANY = "*"
 MAX_NUMBER = 2**31 - 1
 """Patterns' numbers travel as int32."""

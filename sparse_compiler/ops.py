@@ -44,6 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compiler.ir.index import capacity_blocks
+
 __all__ = ["capacities", "set_implementation"]
 
 _LIBRARY = torch.library.Library("sparse_compiler", "DEF")
@@ -61,8 +63,7 @@ _INDEX = (
 
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _LIBRARY.define(
-    "summarize_keys(Tensor k, Tensor? rows, Tensor? key_mask, int group, "
-    f"{_CHOICE}) -> Tensor",
+    f"summarize_keys(Tensor k, Tensor? rows, Tensor? key_mask, int group, {_CHOICE}) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
@@ -108,7 +109,8 @@ def capacities(
 
     Args:
         num_q, num_k, q_offset: ints or SymInts.
-        limits: [columns, distances, blocks]; the most that any head may ask for, -1 for no limit.
+        limits: [columns, distances, blocks]; the most that any head may ask for, -1 for no limit;
+            blocks may grow with the length (``ir.index.AUTOMATIC``).
     Returns:
         full tiles, edge tiles, columns, distance space, key blocks per row block.
 
@@ -118,7 +120,6 @@ def capacities(
     """
     max_columns, max_distances, max_blocks = limits
     distances = q_offset + -(-num_q // block_q) * block_q + 1
-    key_blocks = -(-num_k // block_k)
     whole = distances // block_k + 1
     ranges = distances // (block_q + 1) + 1
     if max_distances >= 0:
@@ -127,8 +128,7 @@ def capacities(
         ranges = torch.sym_min(max_distances + 1, ranges)
     edges = ranges + 2 * (-(-(2 * block_q + block_k) // block_k) + 1)
     columns = num_k if max_columns < 0 else torch.sym_min(max_columns, num_k)
-    blocks = key_blocks if max_blocks < 0 else torch.sym_min(max_blocks, key_blocks)
-    return whole, edges, columns, distances, blocks
+    return whole, edges, columns, distances, capacity_blocks(max_blocks, num_k, block_k)
 
 
 @torch.library.register_fake("sparse_compiler::summarize_keys")

@@ -367,7 +367,7 @@ CORRUPT = [
     '[{"0": ["vertical_and_slash", 1, 2]}]',
     '[{"0": ["vertical_and_slash", 1, 2, 3, 4]}]',
     '[{"0": ["vertical_slash", 1, 2, 1]}]',
-    '[{"0": ["flex_prefill", 1, 2, 1]}]',
+    '[{"0": ["no_such", 1, 2, 1]}]',
     '[{"0": [3, 1, 2, 1]}]',
     '[{"0": ["vertical_and_slash", "1", 2, 1]}]',
     '[{"0": ["vertical_and_slash", -1, 2, 1]}]',
@@ -420,7 +420,7 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
             load_config(path)
 
 
-@pytest.mark.parametrize("head", [HeadPattern("dense"), HeadPattern("tri_shape", 1, 2)])
+@pytest.mark.parametrize("head", [HeadPattern("no_such", 1, 2), HeadPattern("stream_llm", 1, 2)])
 def test_what_the_format_cannot_say_is_refused_and_nothing_is_written(
     tmp_path: Path, head: HeadPattern
 ) -> None:

@@ -38,7 +38,7 @@ __all__ = [
     "score_answers",
 ]
 
-Placement = Literal["end-4", "end-32", "spread", "anywhere"]
+Placement = Literal["end-1", "end-4", "end-32", "spread", "anywhere"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 RECORD_SIZE = 16
@@ -52,7 +52,13 @@ _VALUE_START = 11
 _VALUE_DIGITS = 4
 _NUM_KEYS = 26**4
 _NUM_VALUES = 10**4
-_NUM_QUESTIONS: dict[Placement, int] = {"end-4": 4, "end-32": 32, "spread": 64, "anywhere": 64}
+_NUM_QUESTIONS: dict[Placement, int] = {
+    "end-1": 1,
+    "end-4": 4,
+    "end-32": 32,
+    "spread": 64,
+    "anywhere": 64,
+}
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
@@ -230,8 +236,8 @@ def make_prompt(
 
     Args:
         tokens: length N in bytes.
-        placement: "end-4" puts 4 questions into the last 64 tokens, "end-32" 32 into the last 512,
-            "spread" 64 at random places in the later three quarters, about records of the first;
+        placement: "end-1" puts one question into the last 16 tokens, "end-4" 4 into the last 64,
+            "end-32" 32 into the last 512, "spread" 64 at random places in the later three quarters, about records of the first;
             "anywhere" 64 at random places, each after its record. Only in "anywhere" do asked
             records stand behind questions, which no model has seen that was trained with its
             questions at the end.

@@ -20,10 +20,44 @@ wherever a list does not promise that it need not.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-__all__ = ["INDEX_FIELDS", "AttentionIndex", "Geometry"]
+__all__ = [
+    "AUTOMATIC",
+    "INDEX_FIELDS",
+    "AttentionIndex",
+    "Geometry",
+    "automatic_blocks",
+    "capacity_blocks",
+]
+
+AUTOMATIC = -2
+"""As a bound of block lists: what ``automatic_blocks`` says; ``AUTOMATIC - n``: n at the least."""
+
+
+def automatic_blocks(num_k: Any, block_k: int) -> Any:
+    """Key blocks that a row block may list where nobody set a bound: 2048 keys and 1/24 of all.
+
+    Args:
+        num_k: Lk, an int or a SymInt.
+    """
+    return (2048 + num_k // 24) // block_k
+
+
+def capacity_blocks(limit: int, num_k: Any, block_k: int) -> Any:
+    """Length of a row block's list of key blocks.
+
+    Args:
+        limit: a number of blocks, -1 for no bound, or from ``AUTOMATIC`` down.
+        num_k: Lk, an int or a SymInt.
+    """
+    blocks = -(-num_k // block_k)
+    if limit <= AUTOMATIC:
+        wanted = torch.sym_max(automatic_blocks(num_k, block_k), AUTOMATIC - limit)
+        return torch.sym_min(wanted, blocks)
+    return blocks if limit < 0 else torch.sym_min(limit, blocks)
 
 
 @dataclass(frozen=True)

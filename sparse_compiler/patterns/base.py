@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_compiler.errors import PatternInvalid
-from sparse_compiler.ir.index import Geometry
+from sparse_compiler.ir.index import AUTOMATIC, Geometry
 from sparse_compiler.ir.pattern import HeadPattern
 
 __all__ = [
@@ -19,8 +19,10 @@ __all__ = [
     "BandChoice",
     "BandRule",
     "BlockChoice",
+    "BlockRule",
     "Limits",
     "Pattern",
+    "Scored",
     "SelectRequest",
     "keep_best",
 ]
@@ -75,13 +77,32 @@ class BandRule:
 
 
 @dataclass(frozen=True)
+class BlockRule:
+    """What a block pattern chooses, as data, so that an executor may do it in its own kernels.
+
+    Each row is scored by itself, as ``row_scores`` says, against what ``operands`` gives.
+
+    Args:
+        number: of the pattern.
+        every: a row's normaliser is estimated from every so many-th group of a key block, and from
+            the best group of each key block; a power of two.
+        operands: what is scored.
+    """
+
+    number: int
+    every: int
+    operands: Callable[[SelectRequest], Scored]
+
+
+@dataclass(frozen=True)
 class Limits:
     """The most that one head may put into each list; -1 is no limit.
 
     Args:
         columns: single keys.
         distances: distances from the diagonal.
-        blocks: key blocks per row block.
+        blocks: key blocks per row block; from ``AUTOMATIC`` down it grows with the length
+            (``ir.index.capacity_blocks``).
     """
 
     columns: int = 0
@@ -97,8 +118,17 @@ class Limits:
         return Limits(
             most(self.columns, other.columns),
             most(self.distances, other.distances),
-            most(self.blocks, other.blocks),
+            _most_blocks(self.blocks, other.blocks),
         )
+
+
+def _most_blocks(a: int, b: int) -> int:
+    if -1 in (a, b):
+        return -1
+    if min(a, b) >= 0:
+        return max(a, b)
+    least = [AUTOMATIC - n if n <= AUTOMATIC else n for n in (a, b)]
+    return AUTOMATIC - max(least)
 
 
 @dataclass(frozen=True)
@@ -142,6 +172,25 @@ class SelectRequest:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Queries and groups of keys whose products stand for logits.
+
+    Args:
+        queries: [B, Hq, Lq, R].
+        keys: [B, Hkv, groups, R], all finite.
+        broken: bool [B, Hkv, groups], where a NaN or inf was.
+        group: keys of a group, a power of two that divides the key block.
+        scale: positive; logit = scale * query . key, up to a constant for each row.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    broken: Tensor
+    group: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class BandChoice:
     """Columns and distances to keep.
 
@@ -174,7 +223,8 @@ class Pattern(ABC):
         needs_causal: True if it makes sense for causal masks only: no ``choose_two_sided``.
         summary_keys: how many neighbouring keys share one mean in the summary that it reads, a
             power of two; 0 if it reads none, ``WHOLE_BLOCKS`` for a mean of each key block.
-        rule: what ``choose`` does, where a rule can say it; an executor may take it instead.
+        rule: what ``choose`` does, where a rule can say it; an executor may take it instead. A
+            ``BandRule`` of component ``band``, a ``BlockRule`` of component ``blocks``.
     """
 
     name: str
@@ -183,7 +233,7 @@ class Pattern(ABC):
     component: Literal["band", "blocks"]
     needs_causal: bool = True
     summary_keys: int = 0
-    rule: BandRule | None = None
+    rule: BandRule | BlockRule | None = None
 
     @abstractmethod
     def default(self) -> HeadPattern:

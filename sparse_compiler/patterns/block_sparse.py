@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compiler.ir.index import Geometry
+from sparse_compiler.ir.index import Geometry, capacity_blocks
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns.base import (
     WHOLE_BLOCKS,
@@ -87,9 +87,7 @@ def _choose_head(request: SelectRequest, slot: int, visible: Tensor, own: Tensor
         scores = scores + _block_bias(request.bias, head, geometry, request.q.shape[2])
     scores = torch.where(scores.isnan(), float("inf"), scores)
     scores = scores.masked_fill(own, float("inf")).masked_fill(~visible, float("-inf"))
-    most = request.limits.blocks
-    size = scores.shape[-1]
-    count = size if most < 0 else min(most, size)
+    count = capacity_blocks(request.limits.blocks, request.k.shape[2], geometry.block_k)
     found = torch.topk(scores, count, dim=-1, sorted=True).indices
     wanted = -(-request.first[slot] * PUBLISHED_BLOCK // geometry.block_k)
     # A row block always keeps its own blocks, even beyond the number wanted.

@@ -8,9 +8,16 @@ from typing import Any, TypeVar
 
 from sparse_compiler.errors import PatternInvalid, PluginFailed
 from sparse_compiler.patterns.a_shape import AShape
+from sparse_compiler.patterns.adaptive import Adaptive
+from sparse_compiler.patterns.antidiagonal import Antidiagonal
 from sparse_compiler.patterns.base import WHOLE_BLOCKS, Pattern
 from sparse_compiler.patterns.block_sparse import BlockSparse
 from sparse_compiler.patterns.dense import Dense
+from sparse_compiler.patterns.key_groups import KeyGroups
+from sparse_compiler.patterns.low_rank import LowRank
+from sparse_compiler.patterns.key_means import KeyMeans
+from sparse_compiler.patterns.switching import Switching
+from sparse_compiler.patterns.tri_shape import TriShape
 from sparse_compiler.patterns.vertical_slash import VerticalSlash
 from sparse_compiler.plugin_loading import Source, blamed, load_plugins, source_of
 
@@ -60,7 +67,19 @@ def _qualified(pattern: Pattern) -> tuple[str, str]:
     return type(pattern).__module__, type(pattern).__qualname__
 
 
-for _pattern in (Dense(), AShape(), VerticalSlash(), BlockSparse()):
+for _pattern in (
+    Dense(),
+    AShape(),
+    VerticalSlash(),
+    BlockSparse(),
+    KeyGroups(),
+    LowRank(),
+    TriShape(),
+    Adaptive(),
+    KeyMeans(),
+    Antidiagonal(),
+    Switching(),
+):
     register(_pattern)
 
 

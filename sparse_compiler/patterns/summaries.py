@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_compiler.patterns.base import SelectRequest
 from sparse_compiler.patterns.visible import visible_keys
 
-__all__ = ["means_of", "visible_in_groups"]
+__all__ = ["all_means", "means_of", "visible_in_groups"]
 
 
 def visible_in_groups(request: SelectRequest, group: int) -> Tensor:
@@ -33,3 +33,9 @@ def means_of(request: SelectRequest, kv_head: Tensor, group: int) -> Tensor:
     means = torch.nn.functional.pad(means, (0, 0, 0, pad)).unflatten(1, (-1, ratio))
     counts = torch.nn.functional.pad(counts, (0, pad)).unflatten(1, (-1, ratio))[..., None]
     return (means * counts).sum(2) / counts.sum(2).clamp(min=1)
+
+
+def all_means(request: SelectRequest, group: int) -> Tensor:
+    """``means_of`` all key heads, float32 [B, Hkv, ceil(Lk / group), D]."""
+    heads = torch.arange(request.k.shape[1], device=request.k.device).split(1)
+    return torch.stack([means_of(request, head, group) for head in heads], 1)

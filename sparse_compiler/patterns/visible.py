@@ -10,9 +10,7 @@ from sparse_compiler.ir.index import Geometry
 __all__ = ["bias_of_rows", "row_intervals", "visible_keys"]
 
 
-def visible_keys(
-    rows: Tensor, key_mask: Tensor | None, num_k: int, multiple: int = 1
-) -> Tensor:
+def visible_keys(rows: Tensor, key_mask: Tensor | None, num_k: int, multiple: int = 1) -> Tensor:
     """Which keys any row may see by padding alone, bool [B, Lk rounded up to ``multiple``].
 
     Args:

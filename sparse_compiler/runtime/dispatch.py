@@ -16,7 +16,7 @@ from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import fewest_queries
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits, SelectRequest
-from sparse_compiler.runtime import recorder, select
+from sparse_compiler.runtime import observe, recorder, select
 from sparse_compiler.runtime.dense import attend_dense
 from sparse_compiler.runtime.executor import Executor, Problem, given
 from sparse_compiler.runtime.merge import with_sinks
@@ -204,6 +204,7 @@ def select_keys(
             **given(bounds=bounds, bias=bias),
         )
 
+    observe.selected(site, params)
     none = torch.zeros(0, dtype=torch.int64, device=q.device)
     request = SelectRequest(
         q=q,
@@ -301,6 +302,14 @@ def attend(
         out, lse = runner.attend(q, k, v, index, geometry, **keywords)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
+
+    def shown(params: Tensor | None) -> observe.AttentionCall:
+        more = {"bounds": None, "bias": None, "sinks": sinks, "executor": runner.name} | keywords
+        return observe.AttentionCall(
+            *(params, q, k, v, geometry), **more, banded=full.shape[1] > 0, out=out, lse=lse
+        )
+
+    out = observe.attended(site, shown, out)
     return out.contiguous(), lse.contiguous()
 
 

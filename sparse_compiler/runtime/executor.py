@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import SiteShape, Tile
-from sparse_compiler.patterns.base import BandRule, SelectRequest
+from sparse_compiler.patterns.base import BandRule, BlockRule, SelectRequest
 
 __all__ = ["Executor", "Problem", "given"]
 
@@ -134,6 +134,30 @@ class Executor(ABC):
             num_slots: S > 0.
         Returns:
             The tensors of the index's band in the order of ``INDEX_FIELDS``, then ``slots``.
+        """
+        return None
+
+    def select_blocks(
+        self,
+        request: SelectRequest,
+        params: Tensor,
+        rule: BlockRule,
+        capacity: int,
+        num_slots: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Choose and list the key blocks of all block slots of a layer, whose heads share a pattern.
+
+        What it returns is, rounding of scores aside, what the pattern's ``choose`` and
+        ``lowering.lower_blocks`` return.
+
+        Args:
+            request: without ``heads``, ``first`` and ``second``.
+            params: int32 [Hq, 5] as in ``ops``.
+            rule: of the pattern.
+            capacity: K, the length of a list.
+            num_slots: T > 0.
+        Returns:
+            (blocks, num_blocks) of the index; None where PyTorch operations do.
         """
         return None
 

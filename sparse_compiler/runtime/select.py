@@ -15,7 +15,9 @@ from sparse_compiler.ir.index import INDEX_FIELDS, AttentionIndex, Geometry
 from sparse_compiler.patterns import lowering, registry
 from sparse_compiler.patterns.base import (
     BandChoice,
+    BandRule,
     BlockChoice,
+    BlockRule,
     Pattern,
     SelectRequest,
 )
@@ -138,9 +140,9 @@ def select_index(
         num_q, num_k, geometry.q_offset, geometry.block_q, geometry.block_k, limits
     )
     patterns = [registry.by_number(number) for number in pattern_ids]
-    listed = _choose_blocks(request, params, patterns, num_slots, budget, sizes[4])
+    listed = _list_blocks(request, params, patterns, num_slots, budget, sizes[4], executor)
     band = [pattern for pattern in patterns if pattern.component == "band"]
-    rules = {p.rule.kind: p.rule for p in band if p.rule is not None}
+    rules = {p.rule.kind: p.rule for p in band if isinstance(p.rule, BandRule)}
     # Two patterns of one kind, or one without a rule: their own methods say what they choose.
     if executor is not None and num_slots[0] and geometry.right == 0 and len(rules) == len(band):
         numbers = _numbers_by_kind(band, budget, num_k, geometry.block_q)
@@ -157,7 +159,11 @@ def _numbers_by_kind(
 ) -> Mapping[str, tuple[int, int]]:
     if budget < 0:
         return {}
-    heads = {p.rule.kind: p.from_budget(budget, num_k, block_q) for p in patterns if p.rule}
+    heads = {
+        p.rule.kind: p.from_budget(budget, num_k, block_q)
+        for p in patterns
+        if isinstance(p.rule, BandRule)
+    }
     return {kind: (head.first, head.second) for kind, head in heads.items()}
 
 
@@ -216,6 +222,34 @@ def _chosen(
                 got = f"{tensor.dtype} {list(tensor.shape)}"
                 raise PluginFailed(f"the {name} of {source}", f"bool {list(shapes[name])}", got)
     return choice
+
+
+def _list_blocks(
+    request: SelectRequest,
+    params: Tensor,
+    patterns: list[Pattern],
+    num_slots: list[int],
+    budget: float,
+    capacity: int,
+    executor: Executor | None,
+) -> tuple[Tensor, Tensor]:
+    """Block lists of all block slots, (blocks, num_blocks), by the executor's kernels or not."""
+    band_slots, listed = num_slots
+    holders = [p for p in patterns if p.component == "blocks" or not band_slots]
+    if executor is not None and listed and len(holders) == 1:
+        rule = holders[0].rule
+        if isinstance(rule, BlockRule):
+            if budget >= 0:
+                params = params.clone()
+                geometry = request.geometry
+                head = holders[0].from_budget(
+                    budget, request.k.shape[2], geometry.block_q, geometry.right == 0
+                )
+                params[:, 1], params[:, 2] = head.first, head.second
+            found = executor.select_blocks(request, params, rule, capacity, listed)
+            if found is not None:
+                return found
+    return _choose_blocks(request, params, patterns, num_slots, budget, capacity)
 
 
 def _choose_blocks(

@@ -18,7 +18,7 @@ from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import NEVER, SiteShape, Tile
 from sparse_compiler.patterns import registry
-from sparse_compiler.patterns.base import BandRule, SelectRequest
+from sparse_compiler.patterns.base import BandRule, BlockRule, SelectRequest
 from sparse_compiler.runtime.attend_plan import attend_plan
 from sparse_compiler.runtime.executor import Executor, Problem
 from sparse_compiler.runtime.hopper_attend import hopper_fits, hopper_spec, launch_hopper
@@ -39,6 +39,7 @@ from sparse_compiler.runtime.triton_probe import (
     probe_spec,
     rows_at_once,
 )
+from sparse_compiler.runtime.triton_row_scores import select_by_rows
 from sparse_compiler.runtime.triton_select import select_band
 from sparse_compiler.runtime.tune import Loaded, load_constants
 
@@ -330,6 +331,20 @@ class TritonExecutor(Executor):
                 num_slots,
                 interpret=_interpreting(),
             )
+
+    def select_blocks(
+        self,
+        request: SelectRequest,
+        params: Tensor,
+        rule: BlockRule,
+        capacity: int,
+        num_slots: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        self._check(request.q, request.k, request.k, 0.0)
+        _check_blocks(request.geometry)
+        arguments = (self._cache, self._launch, request, params, rule, capacity, num_slots)
+        with device_of(request.q):
+            return select_by_rows(*arguments, interpret=_interpreting())
 
     def _check(
         self, q: Tensor, k: Tensor, v: Tensor, softcap: float, kv_scales: object = None

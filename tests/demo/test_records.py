@@ -24,7 +24,7 @@ from sparse_compiler.errors import PromptInvalid
 
 RECORD = re.compile(rb"\n@rec ([a-z]{4})=([0-9]{4})\n")
 QUESTION = re.compile(rb"\n@ask ([a-z]{4})=([0-9]{4})\n")
-NUM_QUESTIONS = {"end-4": 4, "end-32": 32, "spread": 64, "anywhere": 64}
+NUM_QUESTIONS = {"end-1": 1, "end-4": 4, "end-32": 32, "spread": 64, "anywhere": 64}
 
 
 def as_bytes(tokens: torch.Tensor) -> bytes:
@@ -124,7 +124,8 @@ def test_full_prompt_has_no_haystack() -> None:
         (4096, "end-4", 3, "number of records in 4096 tokens must be at least 4"),
         (4096, "end-4", 1.5, "records as a fraction"),
         (0, "end-4", 4, "tokens must be at least 128"),
-        (4096, "middle", 64, "placement must be one of end-4, end-32, spread, anywhere"),
+        (31, "end-1", 1, "tokens must be at least 32"),
+        (4096, "middle", 64, "placement must be one of end-1, end-4, end-32, spread, anywhere"),
     ],
 )
 def test_impossible_prompt_is_refused(

@@ -1,0 +1,4 @@
+"""Whether the answers stay: tasks answered dense and sparse, counted with intervals.
+
+python -m benchmarks.fidelity --help        (from the repository root; see docs/fidelity.md)
+"""

@@ -1,0 +1,60 @@
+"""Spec of the kernels that score keys row by row and list the blocks that hold the best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_compiler.codegen.spec import KernelSpec, power_of_two
+
+__all__ = ["MAX_LINE", "RowScoresSpec"]
+
+#: Key blocks of one row block that one program ranks.
+MAX_LINE = 32768
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScoresSpec(KernelSpec):
+    """The two kernels of row scores: ``score`` and ``choose``; ``head_dim`` is that of what is scored.
+
+    Args:
+        heads: query heads of the layer, Hq.
+        group: keys for which one vector stands, a power of two that divides ``block_k``.
+        every: one of so many groups counts for a row's normaliser, a power of two.
+        block_q, block_k: M and N, powers of two from 16.
+        rows: rows of a program of ``score``, a multiple of ``block_q``.
+        tile: key blocks of one step.
+        line: key blocks that a program of ``choose`` ranks, a power of two.
+        max_registers: of a thread of ``score``; 0 leaves it to the assembler.
+    """
+
+    heads: int
+    group: int = 8
+    every: int = 4
+    block_q: int = 64
+    block_k: int = 64
+    rows: int = 128
+    tile: int = 64
+    line: int = 2048
+    max_registers: int = 0
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """Triton's options for ``score``."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
+
+    @property
+    def per_block(self) -> int:
+        return self.block_k // self.group
+
+    @property
+    def heads_pad(self) -> int:
+        return power_of_two(self.heads)
+
+    @property
+    def choose_warps(self) -> int:
+        return max(1, min(32, self.line // 512))
+
+    @property
+    def template(self) -> str:
+        return "row_scores.py.jinja"

@@ -1,0 +1,113 @@
+"""Low rank: every row is scored against every key, in the few directions that matter for products.
+
+The means of neighbours lose what single keys are: a rotary position turns each of them by another
+angle. A projection loses nothing of that kind. Queries and keys of one key head are projected on the
+16 directions that explain most of their products, whatever the model put there, and every pair of
+row and key is scored with a quarter (D 64) or an eighth (D 128) of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_compiler.patterns.base import BlockRule, Scored, SelectRequest
+from sparse_compiler.patterns.row_scores import RowScored
+from sparse_compiler.patterns.visible import visible_keys
+
+__all__ = ["RANK", "LowRank", "projections", "sketches"]
+
+RANK = 16
+_SAMPLES = 4096  # rows, and keys, from which second moments are taken
+_STEPS = 6  # of the subspace iteration
+
+
+def sketches(request: SelectRequest) -> Scored:
+    """Queries and keys in ``RANK`` directions of their key head; a group is one key."""
+    dim = request.q.shape[3]
+    if dim <= RANK:
+        finite = request.k.isfinite().all(-1)
+        keys = torch.where(finite[..., None], request.k, 0)
+        queries, scale = (request.q, request.scale)
+        if scale < 0:
+            queries, scale = -queries, -scale
+        return Scored(queries, keys, ~finite, 1, scale)
+    of_queries, of_keys, mean = projections(request)
+    groups = request.q.shape[1] // request.k.shape[1]
+    queries = torch.matmul(
+        request.q, of_queries.to(request.q.dtype).repeat_interleave(groups, 1)
+    )
+    keys = torch.matmul(request.k, of_keys.to(request.k.dtype))
+    shift = torch.matmul(mean[..., None, :], of_keys).to(keys.dtype)
+    keys = keys - shift
+    finite = keys.isfinite().all(-1)
+    if request.scale < 0:
+        queries = -queries
+    keys = torch.where(finite[..., None], keys, 0)
+    return Scored(queries, keys, ~finite, 1, abs(request.scale))
+
+
+def projections(request: SelectRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions of queries and of keys whose products stand for the logits, and the mean key.
+
+    With A the second moments of queries and B the covariance of keys, the best W of rank r has
+    columns that span the leading invariant subspace of B A; with W' A W = 1, q . k is q'W . W'A k.
+    Moments come from up to 4096 rows and keys, spread evenly. No host synchronisation.
+
+    Returns:
+        float32 [B, Hkv, D, r] of queries, [B, Hkv, D, r] of keys, [B, Hkv, D] mean.
+    """
+    q, k = request.q, request.k
+    (batch, heads, num_q, dim), (_, kv_heads, num_k, _) = q.shape, k.shape
+    rows = q[:, :, :: -(-num_q // _SAMPLES)].float()
+    rows = torch.where(rows.isfinite(), rows, 0).reshape(batch, kv_heads, -1, dim).double()
+    step = -(-num_k // _SAMPLES)
+    visible = visible_keys(request.rows, request.key_mask, num_k)[:, None, ::step, None]
+    keys = torch.where(visible & k[:, :, ::step].isfinite(), k[:, :, ::step].double(), 0)
+    count = visible.sum(2).clamp(min=1)
+    mean = keys.sum(2) / count
+    keys = torch.where(visible, keys - mean[:, :, None], 0)
+    of_rows = rows.transpose(-1, -2) @ rows / rows.shape[2]
+    of_keys = keys.transpose(-1, -2) @ keys / count[..., None]
+    # Cosines: orthogonal, the same every time.
+    place = torch.arange(dim, device=q.device, dtype=torch.float64)
+    start = torch.cos(math.pi * (place[:, None] + 0.5) * (place[:RANK] + 0.5) / dim)
+    basis = _orthonormal(start.expand(batch, kv_heads, -1, -1), of_rows)
+    for _ in range(_STEPS):
+        basis = _orthonormal(of_keys @ (of_rows @ basis), of_rows)
+    return basis.float(), (of_rows @ basis).float(), mean.float()
+
+
+def _orthonormal(basis: Tensor, metric: Tensor) -> Tensor:
+    """Columns of the same span with basis' metric basis = 1, float64 [..., D, r]."""
+    basis = basis / basis.norm(dim=-2, keepdim=True).clamp(min=1e-100)
+    gram = basis.transpose(-1, -2) @ metric @ basis
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    # Without a check, which would wait for the device; the addition keeps it from failing.
+    factor = torch.linalg.cholesky_ex(gram + (1e-9 * size + 1e-30) * identity).L
+    return torch.linalg.solve_triangular(
+        factor, basis.transpose(-1, -2), upper=False
+    ).transpose(-1, -2)
+
+
+class LowRank(RowScored):
+    """Keep key blocks with a key that holds ``first`` millionths of some row's mass, at rank 16.
+
+    See ``RowScored`` for ``second`` and what is always kept.
+
+    Costs RANK / D of dense attention's score products and a maximum in place of its exponentials.
+    Misses keys that differ from others only in directions beyond the 16 that explain most of all
+    products; a soft cap is not seen. Under a causal mask the choice for a row block depends on what
+    follows it through the directions alone, which come from a sample of all rows and keys.
+
+    Source: that keys have low rank is from Loki (arXiv 2406.02542), which projects keys alone, for
+    decoding; here queries weigh the directions, and rows are scored one by one.
+    """
+
+    name = "low_rank"
+    number = 10
+    threshold = 2000
+    rule = BlockRule(number, every=16, operands=sketches)

@@ -1,0 +1,261 @@
+"""Trying patterns on one attention call: the index that they give, its output, its cost, its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compiler.errors import PatternInvalid
+from sparse_compiler.ir.index import AttentionIndex
+from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.ir.shape import NEVER, SiteShape
+from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import Limits
+from sparse_compiler.runtime import dispatch, recorder
+from sparse_compiler.runtime.observe import AttentionCall
+from sparse_compiler.search.candidates import Candidate
+from sparse_compiler.search.costs import CostModel, measure
+
+__all__ = [
+    "Grown",
+    "Trial",
+    "clock_share",
+    "grow_by_clock",
+    "grow_by_model",
+    "head_groups",
+    "obstacle",
+]
+
+#: Growing stops where a step more is less than this share of what is kept.
+_EXACTNESS = 1 / 64
+_CLOCK_EXACTNESS = 1 / 16
+
+
+def head_groups(call: AttentionCall) -> Iterator[tuple[range, AttentionCall]]:
+    """The query heads of one key head after the other, so that memory is that of one group."""
+    groups = call.q.shape[1] // call.k.shape[1]
+    for kv in range(call.k.shape[1]):
+        heads = slice(kv * groups, (kv + 1) * groups)
+        bias = call.bias
+        if bias is not None:
+            dim = 1 if bias.dim() == 4 else 0
+            bias = bias if bias.shape[dim] == 1 else bias.narrow(dim, heads.start, groups)
+        yield (
+            range(heads.start, heads.stop),
+            replace(
+                call,
+                params=None if call.params is None else call.params[heads],
+                q=call.q[:, heads],
+                k=call.k[:, kv : kv + 1],
+                v=call.v[:, kv : kv + 1],
+                bias=bias,
+                sinks=None if call.sinks is None else call.sinks[heads],
+                out=call.out[:, heads],
+                lse=call.lse[:, heads],
+            ),
+        )
+
+
+def obstacle(call: AttentionCall, candidate: Candidate) -> str:
+    """Why a candidate cannot be tried on this call at all; "" if it can."""
+    if registry.get(candidate.pattern).needs_causal and not call.banded:
+        return f"pattern {candidate.pattern} is defined for causal masks only"
+    return ""
+
+
+class Trial:
+    """One call with heads that all follow one pattern, each with its own numbers.
+
+    Args:
+        call: of some query heads and their key heads.
+        heads: a pattern for each query head of ``call``.
+        size: row and key block.
+    """
+
+    def __init__(
+        self, call: AttentionCall, heads: Sequence[HeadPattern], size: tuple[int, int]
+    ) -> None:
+        self.call = call
+        self.geometry = replace(call.geometry, block_q=size[0], block_k=size[1])
+        pattern = registry.get(heads[0].name)
+        band = pattern.component_for(call.banded) == "band"
+        limits = Limits()
+        for head in dict.fromkeys(heads):
+            limits = limits.join(pattern.limits(head, *size, call.banded))
+        self._lists = [limits.columns, limits.distances, limits.blocks]
+        self._slots = [len(heads), 0] if band else [0, len(heads)]
+        rows = [
+            [pattern.number, head.first, head.second, *((h, -1) if band else (-1, h))]
+            for h, head in enumerate(heads)
+        ]
+        self._params = torch.tensor(rows, dtype=torch.int32, device=call.q.device)
+        self._ids = [pattern.number]
+        self._group = registry.summary_group((pattern,), size[1])
+
+    @property
+    def _mask(self) -> tuple[Tensor | None, ...]:
+        call = self.call
+        return call.rows, call.key_mask, call.bounds, call.bias
+
+    def _choice(self, min_tokens: int) -> tuple[float, int, str, int]:
+        return -1.0, min_tokens, self.call.executor, -1
+
+    def select(self, min_tokens: int = 0) -> AttentionIndex:
+        """The index; an empty one where ``min_tokens`` keeps the call dense."""
+        call, geometry = self.call, self.geometry
+        choice = self._choice(min_tokens)
+        summary = dispatch.summarize_keys(call.k, call.rows, call.key_mask, self._group, *choice)
+        place = (geometry.q_offset, geometry.left, geometry.right)
+        arguments: Any = (
+            *(call.q, call.k, summary, self._params, *self._mask, *place, call.scale),
+            *(geometry.block_q, geometry.block_k, self._ids, self._slots, self._lists),
+            *choice,
+        )
+        return AttentionIndex(*dispatch.select_keys(*arguments))
+
+    def attend(self, index: AttentionIndex, min_tokens: int = 0) -> Tensor:
+        """The output over an index, [B, H, Lq, Dv]; the dense one where ``min_tokens`` says so."""
+        call, geometry = self.call, self.geometry
+        place = (geometry.q_offset, geometry.left, geometry.right)
+        arguments: Any = (
+            *(call.q, call.k, call.v, *index.tensors(), *self._mask, *place),
+            *(call.scale, call.softcap, call.sinks, geometry.block_q, geometry.block_k),
+            *self._choice(min_tokens),
+        )
+        out, _ = dispatch.attend(*arguments)
+        return out
+
+    def densities(self, index: AttentionIndex) -> list[float]:
+        """Computed over allowed pairs of each head; waits for the device."""
+        call = self.call
+        num_q, num_k = call.q.shape[2], call.k.shape[2]
+        bounds = None if call.bounds is None else call.bounds.expand(call.q.shape[0], -1, -1)
+        return recorder.density(index, self.geometry, call.rows, num_q, num_k, bounds).tolist()
+
+    def errors(self, out: Tensor) -> list[float]:
+        """Relative L2 error of each head's output over all rows; infinite where it is not finite."""
+        found = []
+        for head in range(out.shape[1]):
+            dense = self.call.out[:, head].float()
+            missed = (out[:, head].float() - dense).square().sum(dtype=torch.float64)
+            size = dense.square().sum(dtype=torch.float64)
+            error = float(missed.sqrt() / size.sqrt()) if float(size) else float(missed.sqrt())
+            found.append(error if math.isfinite(error) else math.inf)
+        return found
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a candidate became for each head.
+
+    Args:
+        heads: the numbers; None where the smallest cost too much, or the pattern cannot be used.
+        least: cost of the smallest numbers, the lowest over the heads; infinite if unknown.
+        reason: why a pattern cannot be used; "" otherwise.
+    """
+
+    heads: tuple[HeadPattern | None, ...]
+    least: float = math.inf
+    reason: str = ""
+
+
+def _nothing(count: int, reason: str) -> Grown:
+    return Grown((None,) * count, reason=reason)
+
+
+def grow_by_model(
+    call: AttentionCall,
+    shape: SiteShape,
+    candidate: Candidate,
+    budget: float,
+    cost: CostModel,
+) -> Grown:
+    """Grow a candidate for each head of a call until its predicted cost reaches the budget.
+
+    The prediction knows the share of pairs that the head's own index covers, so that scattered
+    distances of one head and those of another that lie together cost what they cost.
+
+    Args:
+        call: one group of heads of the layer.
+        shape: of the whole layer.
+    """
+    num_heads, num_keys = call.q.shape[1], call.k.shape[2]
+    size = cost.blocking(call)
+
+    def numbers(step: int) -> HeadPattern:
+        return candidate.at(step, num_keys, size[0], call.banded)
+
+    def shares(steps: Sequence[int]) -> list[float]:
+        heads = [numbers(step) for step in steps]
+        trial = Trial(call, heads, size)
+        densities = trial.densities(trial.select())
+        return [cost.share(shape, h, d, size) for h, d in zip(heads, densities, strict=True)]
+
+    try:
+        low, high = [1] * num_heads, [candidate.steps(num_keys)] * num_heads
+        first = shares(low)
+        fits = [share <= budget for share in first]
+        if any(fits):
+            last = shares(high)
+            low = [high[h] if share <= budget else 1 for h, share in enumerate(last)]
+            _bisect(low, high, shares, budget)
+    except PatternInvalid as error:
+        return _nothing(num_heads, str(error))
+    found = (numbers(step) if fit else None for step, fit in zip(low, fits, strict=True))
+    return Grown(tuple(found), least=min(first))
+
+
+def _bisect(low: list[int], high: list[int], shares, budget: float) -> None:
+    """Raise each ``low``, which fits, towards ``high``, which does not, by ratios."""
+    while True:
+        open_heads = [h for h in range(len(low)) if high[h] - low[h] > max(1, low[h] * _EXACTNESS)]
+        if not open_heads:
+            return
+        middle = list(low)
+        for h in open_heads:
+            middle[h] = min(max(math.isqrt(low[h] * high[h]), low[h] + 1), high[h] - 1)
+        found = shares(middle)
+        for h in open_heads:
+            if found[h] <= budget:
+                low[h] = middle[h]
+            else:
+                high[h] = middle[h]
+
+
+def clock_share(trial: Trial) -> float:
+    """Measured time of select and attend over that of dense attention."""
+    device = trial.call.q.device
+    empty = trial.select(NEVER)
+    dense = measure(lambda: trial.attend(empty, NEVER), device)
+    return measure(lambda: trial.attend(trial.select()), device) / dense
+
+
+def grow_by_clock(
+    call: AttentionCall, candidate: Candidate, budget: float, size: tuple[int, int]
+) -> Grown:
+    """Grow a candidate for all heads of a layer alike until select and attend take long enough."""
+    num_heads, num_keys = call.q.shape[1], call.k.shape[2]
+
+    def share(step: int) -> float:
+        head = candidate.at(step, num_keys, size[0], call.banded)
+        return clock_share(Trial(call, [head] * num_heads, size))
+
+    try:
+        low, high = 1, candidate.steps(num_keys)
+        first = share(low)
+        if first > budget:
+            return Grown((None,) * num_heads, least=first)
+        if high > low and share(high) <= budget:
+            low = high
+        while high - low > max(1, low * _CLOCK_EXACTNESS):
+            middle = min(max(math.isqrt(low * high), low + 1), high - 1)
+            low, high = (middle, high) if share(middle) <= budget else (low, middle)
+    except PatternInvalid as error:
+        return _nothing(num_heads, str(error))
+    head = candidate.at(low, num_keys, size[0], call.banded)
+    return Grown((head,) * num_heads, least=first)

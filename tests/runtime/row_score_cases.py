@@ -1,0 +1,156 @@
+"""Layers of heads scored row by row, and whether an executor lists what the PyTorch path lists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+
+from sparse_compiler.ir.index import Geometry, capacity_blocks
+from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import Limits, SelectRequest
+from sparse_compiler.patterns.row_scores import RowScored, score_blocks
+from sparse_compiler.runtime.executor import Executor
+from sparse_compiler.runtime.select import default_rows, select_index, summarize
+from sparse_compiler.testing import parameters
+
+#: Scores are kept in 16 bits, and products of 16-bit inputs are added up in another order.
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer; ``numbers``: threshold in millionths and most blocks, one pair for each KV head."""
+
+    seed: int
+    num_q: int
+    num_k: int
+    offset: int = 0
+    left: int = -1
+    right: int = 0
+    block_q: int = 32
+    block_k: int = 16
+    batch: int = 1
+    groups: int = 2
+    dim: int = 16
+    numbers: tuple[tuple[int, int], ...] = ((20_000, 0),)
+    padding: bool = False
+    broken: float = 0.0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    name: str = "key_groups"
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.offset, self.left, self.right, self.block_q, self.block_k)
+
+    @property
+    def pattern(self) -> RowScored:
+        found = registry.get(self.name)
+        assert isinstance(found, RowScored)
+        return found
+
+    @property
+    def heads(self) -> list[HeadPattern]:
+        return [HeadPattern(self.name, *n) for n in self.numbers for _ in range(self.groups)]
+
+    def request(self) -> SelectRequest:
+        draw = torch.Generator().manual_seed(self.seed)
+        kv = len(self.numbers)
+        q = torch.randn(self.batch, kv * self.groups, self.num_q, self.dim, generator=draw)
+        k = torch.randn(self.batch, kv, self.num_k, self.dim, generator=draw)
+        # A few keys that some rows look for.
+        for _ in range(4):
+            row, key = (int(torch.randint(n, (), generator=draw)) for n in (self.num_q, self.num_k))
+            q[:, :, row] = 4 * k.repeat_interleave(self.groups, 1)[:, :, key]
+        mask = None
+        if self.padding:
+            mask = torch.rand(self.batch, self.num_k, generator=draw) > 0.1
+            mask[0, : self.num_k // 4] = False
+        if self.broken:
+            k[-1, 0, self.num_k // 2, 3] = self.broken
+        q, k = (t.to(self.dtype).to(self.device) for t in (q, k))
+        mask = None if mask is None else mask.to(self.device)
+        rows = default_rows(self.batch, self.num_q, self.num_k, self.offset, mask, k.device)
+        group = registry.summary_group([self.pattern], self.block_k)
+        none = torch.zeros(0, dtype=torch.int64, device=k.device)
+        limits = Limits()
+        for head in self.heads:
+            limits = limits.join(self.pattern.limits(head, self.block_q, self.block_k, self.right == 0))
+        return SelectRequest(
+            *(q, k, summarize(k, rows, mask, group or self.block_k), none, none, none, self.geometry, rows, mask),
+            scale=0.5,
+            limits=limits,
+            probe=lambda *_: (none, none),
+            group=group,
+        )
+
+
+cases = st.builds(
+    Case,
+    seed=st.integers(0, 10_000),
+    num_q=st.integers(1, 150),
+    num_k=st.integers(1, 200),
+    offset=st.integers(0, 90),
+    left=st.sampled_from([-1, -1, 0, 50]),
+    right=st.sampled_from([0, 0, -1, 20]),
+    block_q=st.sampled_from([16, 32, 64]),
+    block_k=st.sampled_from([16, 32]),
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    numbers=st.lists(
+        st.tuples(st.sampled_from([1, 5_000, 200_000]), st.integers(0, 4)), min_size=1, max_size=2
+    ).map(tuple),
+    padding=st.booleans(),
+    name=st.sampled_from(["key_groups", "low_rank"]),
+    dim=st.sampled_from([16, 24, 32]),
+    broken=st.sampled_from([0.0, 0.0, 0.0, math.nan, math.inf]),
+)
+
+
+def assert_agrees(case: Case, executor: Executor) -> None:
+    """The executor's lists are those of the PyTorch path, but for scores at the very cut."""
+    request, heads, pattern = case.request(), case.heads, case.pattern
+    params = parameters(heads, causal=False).to(case.device)
+    limits = [request.limits.columns, request.limits.distances, request.limits.blocks]
+    want = select_index(request, params, [pattern.number], [0, len(heads)], limits, -1.0)
+    capacity = int(capacity_blocks(limits[2], case.num_k, case.block_k))
+    found = executor.select_blocks(request, params, pattern.rule, capacity, len(heads))
+    assert found is not None
+    got, expected = (
+        marked(*pair, case.geometry.num_key_blocks(case.num_k))
+        for pair in (found, (want.blocks, want.num_blocks))
+    )
+    for slot, head in enumerate(heads):
+        asked = case_request(request, slot, head)
+        scores = score_blocks(asked, 0, pattern.rule.operands(asked), pattern.rule.every)
+        threshold = math.log(max(1, head.first) / 1e6)
+        kept = scores.masked_fill(~expected[:, slot], math.inf).amin(-1, keepdim=True)
+        cut = kept.clamp(min=threshold)
+        differ = got[:, slot] != expected[:, slot]
+        close = (scores - cut).abs() <= TOLERANCE
+        close |= (scores - threshold).abs() <= TOLERANCE
+        # Equal scores at the cut: any of them will do.
+        assert not (differ & ~close).any(), (
+            f"{case}: slot {slot}, {int((differ & ~close).sum())} blocks differ"
+        )
+
+
+def case_request(request: SelectRequest, slot: int, head: HeadPattern) -> SelectRequest:
+    number = torch.tensor([slot], device=request.q.device)
+    first, second = (torch.full_like(number, n) for n in (head.first, head.second))
+    return replace(request, heads=number, first=first, second=second)
+
+
+def marked(blocks: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
+    """bool [B, T, row blocks, key blocks] of lists; checks that they ascend."""
+    place = torch.arange(blocks.shape[-1], device=blocks.device)
+    listed = place < counts[..., None]
+    assert (counts <= blocks.shape[-1]).all()
+    ascending = (blocks[..., 1:] > blocks[..., :-1]) | ~listed[..., 1:]
+    assert ascending.all()
+    out = torch.zeros(*counts.shape, size + 1, dtype=torch.bool, device=blocks.device)
+    return out.scatter_(-1, torch.where(listed, blocks, size).long(), True)[..., :size]
