@@ -56,7 +56,7 @@ __all__ = [
     "structured_inputs",
 ]
 
-PATTERNS = ("vertical_slash", "block_sparse", "a_shape", "block_mask")
+PATTERNS = ("vertical_slash", "block_sparse", "a_shape", "low_rank", "key_groups", "block_mask")
 PEERS = ("cudnn", "flash", "flex", "flex_mask")
 WAYS = ("ours", *PEERS, "declined")
 SAMPLED_ROWS = 61

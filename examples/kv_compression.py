@@ -2,7 +2,8 @@
 # Sparse prefill, then a compressed key-value cache. Prefill leaves keys and values of every token;
 # the answer needs few of them. In the manner of SnapKV, the attention of the last rows of the
 # prompt (the observation window) is summed over these rows and over the query heads that share a
-# key head, and pooled along the keys; each key head keeps the keys with most of it, and the window itself.
+# key head, and pooled along the keys; each key head keeps the keys with most of it, and the window
+# itself.
 #
 # Where the queries of the window come from: the compiled model does not hand them out. The last
 # tokens are taken off the cache and run a second time, through the model as it is, with an

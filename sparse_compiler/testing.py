@@ -289,7 +289,7 @@ def sparse_attention(
         limits = limits.join(pattern.limits(head, geometry.block_q, geometry.block_k, causal))
     if budget >= 0:
         limits = Limits(-1, -1, -1)
-    params = parameters(heads, causal=causal)
+    params = parameters(heads, causal=causal).to(q.device)
     counts = [int((params[:, column] >= 0).sum()) for column in (3, 4)]
     band = (rows, key_mask, bounds, bias, geometry.q_offset, geometry.left, geometry.right)
     blocking = (geometry.block_q, geometry.block_k)

@@ -74,27 +74,27 @@ def sample_layer(call: dict[str, Any], out: Tensor) -> LayerSample:
         call: arguments of ``dispatch.attend`` by name.
         out: what it returned, [B, Hq, Lq, Dv].
     """
-    q, k, v = (call[name][:1].float() for name in "qkv")
+    q, k, v = (call[name][0] for name in "qkv")
     index = AttentionIndex(*(call[name] for name in INDEX_FIELDS))
     geometry = Geometry(
         *(call[name] for name in ("q_offset", "left", "right", "block_q", "block_k"))
     )
-    num_q, num_k, heads = q.shape[2], k.shape[2], q.shape[1]
+    num_q, num_k, heads = q.shape[1], k.shape[1], q.shape[0]
     row, spread = _rows(num_q, q.device)
     band = _band_rows(call, num_q, num_k, q.device)
     seen = _seen(call, geometry, band, row, num_k)
     recall, last, wrong, size = [], [], 0.0, 0.0
     for head in range(heads):
-        weights = _weights(
-            call, q[0, head, row] @ k[0, head * k.shape[1] // heads].T, head, row, seen
-        )
+        group = head * k.shape[0] // heads
+        product = q[head, row].float() @ k[group].float().T
+        weights = _weights(call, product, head, row, seen)
         kept = kept_keys(index, geometry, int(band[0, 2]), head, row, num_k)
         total = weights.sum(-1)
         share = torch.where(kept, weights, 0.0).sum(-1) / total.clamp(min=1e-30)
         some = total > 0
         recall.append(_mean(share[:spread], some[:spread]))
         last.append(_mean(share[spread:], some[spread:]))
-        dense = weights @ v[0, head * v.shape[1] // heads]
+        dense = weights @ v[group].float()
         wrong += float((out[0, head, row].float() - dense).square().sum())
         size += float(dense.square().sum())
     mean, last_mean = (float(torch.stack(part).mean()) for part in (recall, last))

@@ -86,7 +86,7 @@ class Subject:
         output: Any = run(input_ids=tokens, logits_to_keep=item.positions, **self.call_options)
         self._wait()
         seconds = time.perf_counter() - started
-        logits = (output if isinstance(output, Tensor) else output.logits)[0]
+        logits: Tensor = getattr(output, "logits", output)[0]
         if item.group == 0:
             return Answer([], _loss(logits, item.targets), seconds)
         if item.answer:

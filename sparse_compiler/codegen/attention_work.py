@@ -17,8 +17,8 @@ from sparse_compiler.codegen import library
 from sparse_compiler.codegen.cost import Amounts
 from sparse_compiler.codegen.rules import Rule, TileWork, derive_rules, tile_work
 from sparse_compiler.codegen.spec import power_of_two
-from sparse_compiler.ir.monoid import substituted
 from sparse_compiler.ir.index import capacity_blocks
+from sparse_compiler.ir.monoid import substituted
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import SiteShape
 from sparse_compiler.patterns import registry
@@ -127,6 +127,8 @@ def cover(
     visible = allowed / shape.num_q
     if pattern.component == "blocks":
         blocks = capacity_blocks(limits.blocks, shape.num_k, block_k)
+        if limits.blocks == -1:  # a few long lists may ask for no bound
+            blocks = math.ceil(pattern.density(head, shape.num_k, block_q) * visible / block_k)
         return _cover_blocks(blocks, block_q, block_k, visible, shape, clustering)
     distances = limits.distances if limits.distances >= 0 else shape.num_k
     columns = min(limits.columns if limits.columns >= 0 else shape.num_k, shape.num_k)

@@ -25,6 +25,9 @@ class RowScoresSpec(KernelSpec):
         tile: key blocks of one step.
         line: key blocks that a program of ``choose`` ranks, a power of two.
         max_registers: of a thread of ``score``; 0 leaves it to the assembler.
+        half: products are added up in float16: queries and keys are, and hold few directions.
+        packed: maxima are taken of two float16 numbers at once, by NVIDIA's instruction.
+        unroll: products of one turn of the inner loop; divides the groups of a block.
     """
 
     heads: int
@@ -36,6 +39,9 @@ class RowScoresSpec(KernelSpec):
     tile: int = 64
     line: int = 2048
     max_registers: int = 0
+    half: bool = False
+    packed: bool = False
+    unroll: int = 1
 
     @property
     def launch_options(self) -> dict[str, int]:

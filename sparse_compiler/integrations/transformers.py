@@ -15,6 +15,7 @@ from torch import nn
 
 from sparse_compiler.backend import minference, parse_options
 from sparse_compiler.errors import OptionInvalid
+from sparse_compiler.search.published_config import check_model
 
 __all__ = ["compile", "restore"]
 
@@ -35,8 +36,11 @@ def compile(model: nn.Module, *, dynamic: bool | None = None, **options: Any) ->
         The same model.
     Raises:
         OptionInvalid: an option is wrong, or the model is compiled already.
+        ConfigCorrupt: the configuration is broken, or of a model with other layers or heads.
     """
-    parse_options(options)
+    config = parse_options(options).config
+    if config is not None:
+        check_model(config, model)
     if _STATE in model.__dict__:
         raise OptionInvalid(
             f"model {type(model).__name__}",

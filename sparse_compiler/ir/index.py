@@ -38,12 +38,12 @@ AUTOMATIC = -2
 
 
 def automatic_blocks(num_k: Any, block_k: int) -> Any:
-    """Key blocks that a row block may list where nobody set a bound: 2048 keys and 1/24 of all.
+    """Key blocks that a row block may list where nobody set a bound: 768 keys and 1/32 of all.
 
     Args:
         num_k: Lk, an int or a SymInt.
     """
-    return (2048 + num_k // 24) // block_k
+    return (768 + num_k // 32) // block_k
 
 
 def capacity_blocks(limit: int, num_k: Any, block_k: int) -> Any:

@@ -188,11 +188,12 @@ def _patterns(
     heads = site.query_shape[1]
     causal = _causal(state)
     option = ctx.config.pattern
+    biased = isinstance(state.proof, Proved) and bool(state.proof.fact.bias)
     per_layer = ctx.tables is not None or (not isinstance(option, str) and set(option) != {ANY})
     if per_layer and site.layer is None:
         _layer_unknown(state)
         origin = "policy"
-        found = tuple(policy.uniform("auto", heads, causal=causal, auto=auto))
+        found = tuple(policy.uniform("auto", heads, causal=causal, auto=auto, biased=biased))
     elif ctx.tables is not None:
         found = _from_tables(state, site, heads, ctx)
         origin = ctx.config.config or "config"
@@ -200,7 +201,7 @@ def _patterns(
         found, origin = (state.advice.pattern,) * heads, state.advice.origin
     elif isinstance(option, str):
         origin = "policy" if option == "auto" else "option"
-        found = tuple(policy.uniform(option, heads, causal=causal, auto=auto))
+        found = tuple(policy.uniform(option, heads, causal=causal, auto=auto, biased=biased))
     else:
         found, origin = _from_option(state, site, heads, option), "option"
     if found is None:

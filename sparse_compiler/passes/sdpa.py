@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import sympy
@@ -18,7 +19,7 @@ from sparse_compiler.passes.symbolic_reader import Index, tensor_of
 from sparse_compiler.passes.symbolic_tensor import NotUnderstood, SymbolicTensors
 from sparse_compiler.passes.symbolic_values import floor_divide
 
-__all__ = ["is_sdpa", "match_sdpa", "sdpa_arguments", "sdpa_form"]
+__all__ = ["fix_sizes", "is_sdpa", "match_sdpa", "sdpa_arguments", "sdpa_form"]
 
 
 def _signature(
@@ -118,6 +119,21 @@ def sdpa_form(node: fx.Node, given: dict[str, Any], tensors: SymbolicTensors) ->
         dropout=given["dropout_p"],
         spelling="sdpa",
     )
+
+
+def fix_sizes(graph: fx.Graph) -> None:
+    """Guards of every call of SDPA, before any form is read.
+
+    A guard makes two symbols one, and a form that was read before would keep the old one.
+    """
+    for node in graph.nodes:
+        if not is_sdpa(node):
+            continue
+        given = sdpa_arguments(node)
+        operands = [given[name] for name in ("query", "key", "value")]
+        if all(isinstance(o, fx.Node) and tensor_of(o) is not None for o in operands):
+            with suppress(NotUnderstood):
+                _fix_sizes(*operands)
 
 
 def _fix_sizes(query: fx.Node, key: fx.Node, value: fx.Node) -> None:

@@ -30,17 +30,17 @@ class Antidiagonal(Pattern):
     """Keep the fewest key blocks that hold ``first`` per mille of a row block's antidiagonal mass.
 
     Rows and keys are cut into tiles of 16 x 16. A tile counts as the mean of the 16 logits on its
-    antidiagonal, which every column and every diagonal through the tile crosses; a softmax over a
-    row of tiles makes them shares, summed over the row block and the key block. ``second`` is the
+    antidiagonal, which every column through the tile meets, and every other diagonal; a softmax over
+    a row of tiles makes them shares, summed over the row block and the key block. ``second`` is the
     most key blocks of 64 keys that a row block keeps; 0 lets this grow with the length. A row block's
     own blocks and those of the first and of each row's last visible key are always kept.
 
     Source: XAttention (arXiv 2503.16428) with stride 16, its reversed queries and its shares; not its
     search for the smallest share of each head.
 
-    Costs 1/16 of dense attention's score products. Misses a pair that lies off the antidiagonal: a
-    key that one row alone wants is seen in one of 16 places; and a lone column shows only by 1/16 of
-    its logit. Tiles follow addresses, so that an offset moves what is seen. Under a causal mask the
+    Costs 1/16 of dense attention's score products. Misses pairs off the antidiagonals: a key that one
+    row alone wants is seen in one of 16 places; a diagonal at an even distance passes between the
+    pairs of every antidiagonal; and a lone column shows only by 1/16 of its logit. Tiles follow addresses, so that an offset moves what is seen. Under a causal mask the
     choice for a row block depends on nothing after it.
     """
 

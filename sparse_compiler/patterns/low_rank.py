@@ -21,7 +21,7 @@ __all__ = ["RANK", "LowRank", "projections", "sketches"]
 
 RANK = 16
 _SAMPLES = 4096  # rows, and keys, from which second moments are taken
-_STEPS = 6  # of the subspace iteration
+_TURNS = 2  # of the subspace iteration, two steps each
 
 
 def sketches(request: SelectRequest) -> Scored:
@@ -36,9 +36,7 @@ def sketches(request: SelectRequest) -> Scored:
         return Scored(queries, keys, ~finite, 1, scale)
     of_queries, of_keys, mean = projections(request)
     groups = request.q.shape[1] // request.k.shape[1]
-    queries = torch.matmul(
-        request.q, of_queries.to(request.q.dtype).repeat_interleave(groups, 1)
-    )
+    queries = torch.matmul(request.q, of_queries.to(request.q.dtype).repeat_interleave(groups, 1))
     keys = torch.matmul(request.k, of_keys.to(request.k.dtype))
     shift = torch.matmul(mean[..., None, :], of_keys).to(keys.dtype)
     keys = keys - shift
@@ -60,12 +58,12 @@ def projections(request: SelectRequest) -> tuple[Tensor, Tensor, Tensor]:
         float32 [B, Hkv, D, r] of queries, [B, Hkv, D, r] of keys, [B, Hkv, D] mean.
     """
     q, k = request.q, request.k
-    (batch, heads, num_q, dim), (_, kv_heads, num_k, _) = q.shape, k.shape
+    (batch, _, num_q, dim), (_, kv_heads, num_k, _) = q.shape, k.shape
     rows = q[:, :, :: -(-num_q // _SAMPLES)].float()
     rows = torch.where(rows.isfinite(), rows, 0).reshape(batch, kv_heads, -1, dim).double()
-    step = -(-num_k // _SAMPLES)
-    visible = visible_keys(request.rows, request.key_mask, num_k)[:, None, ::step, None]
-    keys = torch.where(visible & k[:, :, ::step].isfinite(), k[:, :, ::step].double(), 0)
+    every = -(-num_k // _SAMPLES)
+    visible = visible_keys(request.rows, request.key_mask, num_k)[:, None, ::every, None]
+    keys = torch.where(visible & k[:, :, ::every].isfinite(), k[:, :, ::every].double(), 0)
     count = visible.sum(2).clamp(min=1)
     mean = keys.sum(2) / count
     keys = torch.where(visible, keys - mean[:, :, None], 0)
@@ -74,9 +72,12 @@ def projections(request: SelectRequest) -> tuple[Tensor, Tensor, Tensor]:
     # Cosines: orthogonal, the same every time.
     place = torch.arange(dim, device=q.device, dtype=torch.float64)
     start = torch.cos(math.pi * (place[:, None] + 0.5) * (place[:RANK] + 0.5) / dim)
-    basis = _orthonormal(start.expand(batch, kv_heads, -1, -1), of_rows)
-    for _ in range(_STEPS):
-        basis = _orthonormal(of_keys @ (of_rows @ basis), of_rows)
+    basis = start.expand(batch, kv_heads, -1, -1)
+    step = of_keys @ of_rows
+    step = step @ step
+    step = step / step.abs().amax((-1, -2), keepdim=True).clamp(min=1e-100)
+    for _ in range(_TURNS):
+        basis = _orthonormal(step @ basis, of_rows)
     return basis.float(), (of_rows @ basis).float(), mean.float()
 
 
@@ -87,10 +88,10 @@ def _orthonormal(basis: Tensor, metric: Tensor) -> Tensor:
     size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
     # Without a check, which would wait for the device; the addition keeps it from failing.
-    factor = torch.linalg.cholesky_ex(gram + (1e-9 * size + 1e-30) * identity).L
-    return torch.linalg.solve_triangular(
-        factor, basis.transpose(-1, -2), upper=False
-    ).transpose(-1, -2)
+    factor = torch.linalg.cholesky_ex(gram + (1e-11 * size + 1e-30) * identity).L
+    return torch.linalg.solve_triangular(factor, basis.transpose(-1, -2), upper=False).transpose(
+        -1, -2
+    )
 
 
 class LowRank(RowScored):
@@ -109,5 +110,5 @@ class LowRank(RowScored):
 
     name = "low_rank"
     number = 10
-    threshold = 2000
-    rule = BlockRule(number, every=16, operands=sketches)
+    threshold = 7000
+    rule = BlockRule(number, every=32, operands=sketches)

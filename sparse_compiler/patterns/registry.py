@@ -14,8 +14,8 @@ from sparse_compiler.patterns.base import WHOLE_BLOCKS, Pattern
 from sparse_compiler.patterns.block_sparse import BlockSparse
 from sparse_compiler.patterns.dense import Dense
 from sparse_compiler.patterns.key_groups import KeyGroups
-from sparse_compiler.patterns.low_rank import LowRank
 from sparse_compiler.patterns.key_means import KeyMeans
+from sparse_compiler.patterns.low_rank import LowRank
 from sparse_compiler.patterns.switching import Switching
 from sparse_compiler.patterns.tri_shape import TriShape
 from sparse_compiler.patterns.vertical_slash import VerticalSlash

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_compiler.ir.index import AUTOMATIC, automatic_blocks, capacity_blocks
+from sparse_compiler.ir.index import AUTOMATIC
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns.base import (
     BlockChoice,
@@ -29,9 +29,14 @@ from sparse_compiler.patterns.base import (
     SelectRequest,
 )
 from sparse_compiler.patterns.block_sparse import PUBLISHED_BLOCK
+from sparse_compiler.patterns.ranking import (
+    budget_blocks,
+    density_of_blocks,
+    edge_blocks,
+    keep_best_blocks,
+)
 from sparse_compiler.patterns.relation import request_relation
 from sparse_compiler.patterns.summaries import visible_in_groups
-from sparse_compiler.patterns.two_sided import sink_blocks
 from sparse_compiler.patterns.visible import bias_of_rows, row_intervals
 
 __all__ = ["MILLION", "RowScored", "broken_blocks", "keep_blocks", "limit_blocks", "score_blocks"]
@@ -52,7 +57,6 @@ class RowScored(Pattern):
 
     component = "blocks"
     needs_causal = False
-    rule: BlockRule
     threshold: int
 
     def default(self) -> HeadPattern:
@@ -65,14 +69,15 @@ class RowScored(Pattern):
         self, budget: float, num_keys: int, block_q: int, causal: bool = True
     ) -> HeadPattern:
         # Blocks are ranked and cut at the budget; the threshold lets nearly all of them through.
-        seen = num_keys / 2 if causal else num_keys
-        return HeadPattern(self.name, 1, max(2, round(budget * seen / PUBLISHED_BLOCK)))
+        return HeadPattern(self.name, 1, budget_blocks(budget, num_keys, causal))
 
     def choose(self, request: SelectRequest) -> BlockChoice:
-        relation, scored = request_relation(request), self.rule.operands(request)
+        rule = self.rule
+        assert isinstance(rule, BlockRule)
+        relation, scored = request_relation(request), rule.operands(request)
         kept = [
             keep_blocks(
-                *(request, slot, score_blocks(request, slot, scored, self.rule.every)),
+                *(request, slot, score_blocks(request, slot, scored, rule.every)),
                 *relation,
                 broken=broken_blocks(request, slot, scored),
             )
@@ -81,8 +86,7 @@ class RowScored(Pattern):
         return BlockChoice(torch.stack(kept, 1))
 
     def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
-        most = head.second or automatic_blocks(num_keys, PUBLISHED_BLOCK)
-        return min(1.0, 2 * (most * PUBLISHED_BLOCK + block_q) / num_keys)
+        return density_of_blocks(head.second, num_keys, block_q)
 
 
 def limit_blocks(second: int, block_q: int, block_k: int) -> int:
@@ -180,34 +184,8 @@ def keep_blocks(
         visible, own: as from ``block_relation``.
         broken: bool, kept wherever visible.
     """
-    always = own | _edges(request)
+    always = own | edge_blocks(request)
     always = (always if broken is None else always | broken) & visible
     threshold = torch.log(request.first[slot].clamp(min=1) / MILLION)
     wanted = ((scores >= threshold) & visible) | always
-    ranked = scores.masked_fill(always, math.inf).masked_fill(~wanted, -math.inf)
-    size, block_k = scores.shape[-1], request.geometry.block_k
-    automatic = min(size, automatic_blocks(request.k.shape[2], block_k))
-    asked = (request.second[slot] * PUBLISHED_BLOCK + block_k - 1) // block_k
-    most = torch.where(request.second[slot] > 0, asked, automatic)
-    most = torch.maximum(most, always.sum(-1, keepdim=True))
-    count = capacity_blocks(request.limits.blocks, request.k.shape[2], block_k)
-    found = torch.topk(ranked, count, dim=-1, sorted=True).indices
-    rank = torch.arange(count, device=scores.device)
-    best = torch.zeros_like(wanted).scatter_(-1, found, (rank < most).expand(found.shape))
-    return best & wanted
-
-
-def _edges(request: SelectRequest) -> Tensor:
-    """Blocks of the first visible key and of each row's last one, bool [B, row blocks, key blocks].
-
-    A group that reaches past what a row sees is never scored for it; its block is kept instead.
-    """
-    geometry, num_q = request.geometry, request.q.shape[2]
-    blocks = geometry.num_key_blocks(request.k.shape[2])
-    first = sink_blocks(request, torch.ones_like(request.heads[:1]))
-    low, high = row_intervals(geometry, num_q, request.rows, request.bounds)
-    place = torch.where(low <= high, high // geometry.block_k, blocks).clamp(0, blocks)
-    pad = (0, -num_q % geometry.block_q)
-    place = torch.nn.functional.pad(place, pad, value=blocks).unflatten(1, (-1, geometry.block_q))
-    last = torch.zeros(*place.shape[:2], blocks + 1, dtype=torch.bool, device=place.device)
-    return last.scatter_(2, place, True)[..., :blocks] | first
+    return keep_best_blocks(request, slot, scores, wanted, always, own)

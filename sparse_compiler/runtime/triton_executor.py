@@ -47,6 +47,9 @@ __all__ = ["TritonExecutor"]
 
 #: Below it the break-even of the cost model is not trusted.
 _SHORTEST = 4096
+#: Where scoring every row and attention to what it keeps breaks even with dense attention: measured
+#: on an H200, docs/design/0016-estimators.md.
+_BY_ROWS = 32768
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -127,7 +130,7 @@ class TritonExecutor(Executor):
     # The cost of selection grows with keys alone, hence the second bound.
     min_tokens = 24576
     min_queries = 1024
-    auto = HeadPattern("vertical_slash", 1000, 1000)
+    auto = HeadPattern("low_rank", 7000, 0)
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
         self._cache = KernelCache(cache_dir)
@@ -152,7 +155,11 @@ class TritonExecutor(Executor):
         usual = super().tile(shape, patterns)
         if shape is None or not torch.cuda.is_available():
             return usual
-        parts = {registry.get(name).component for name in patterns.names}
+        used = [registry.get(name) for name in patterns.names]
+        if any(isinstance(pattern.rule, BlockRule) for pattern in used):
+            # Scoring every row costs a share of dense attention, which the model does not know.
+            return Tile(usual.block_q, usual.block_k, _BY_ROWS)
+        parts = {pattern.component for pattern in used}
         if not shape.causal and "band" in parts:
             return usual  # the model knows columns and distances of causal masks only
         return _tile(shape, patterns, usual, torch.cuda.get_device_name())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -19,6 +20,9 @@ from sparse_compiler.runtime.triton_launch import Launcher
 __all__ = ["row_scores_spec", "select_by_rows"]
 
 _LOG2E = 1.4426950408889634
+#: Directions whose products float16 adds up well enough for a score.
+_FEW = 32
+_FLOAT16 = 60000.0
 #: Bytes of scores that are kept at once.
 _SCORES = 1 << 30
 
@@ -43,7 +47,9 @@ def row_scores_spec(
     """
     dtype, dim = scored.queries.dtype, scored.queries.shape[-1]
     per_block = geometry.block_k // scored.group
-    wide = torch.version.hip is not None or dtype == torch.float32 or dim > 128
+    hip = torch.version.hip is not None
+    wide = hip or dtype == torch.float32 or dim > 128
+    half = dtype == torch.float16 and dim <= _FEW
     return RowScoresSpec(
         dtype=str(dtype).removeprefix("torch."),
         head_dim=dim,
@@ -56,11 +62,16 @@ def row_scores_spec(
         every=min(rule.every, per_block),
         block_q=geometry.block_q,
         block_k=geometry.block_k,
-        rows=max(geometry.block_q, 64 if wide or interpret else 128),
+        rows=max(geometry.block_q, 64 if wide or interpret or half else 128),
         tile=16 if interpret else 32 if wide else 64,
         line=max(16, power_of_two(key_blocks)),
-        num_warps=4 if wide else 8,
+        # What is not scored at the edge fits in so many registers, and four programs then run at once.
+        max_registers=128 if half and not hip and not interpret else 0,
+        num_warps=4 if wide or half else 8,
         num_stages=2 if wide else 3,
+        half=half,
+        packed=half and not hip,
+        unroll=4 if half and per_block >= 4 else 1,
         interpret=interpret,
         precision=float32_precision(),
     )
@@ -71,7 +82,7 @@ def _programs(device: torch.device) -> int:
     """Programs of ``score`` that a device runs at once; two in the interpreter, to show the loop."""
     if device.type != "cuda":
         return 2
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def select_by_rows(
@@ -90,7 +101,7 @@ def select_by_rows(
     key_blocks = geometry.num_key_blocks(num_k)
     if request.bounds is not None or request.bias is not None or key_blocks > MAX_LINE:
         return None
-    scored = rule.operands(request)
+    scored = _in_half(rule.operands(request))
     queries = rows_contiguous(scored.queries)
     (batch, heads, num_q, _), kv_heads = queries.shape, scored.keys.shape[1]
     spec = row_scores_spec(
@@ -141,6 +152,18 @@ def select_by_rows(
             num_stages=1,
         )
     return blocks, counts
+
+
+def _in_half(scored: Scored) -> Scored:
+    """With few directions, 16-bit operands in float16, the scale within the queries.
+
+    Hopper adds such products up in float16 registers and compares two at once.
+    """
+    if scored.queries.dtype == torch.float32 or scored.queries.shape[-1] > _FEW:
+        return scored
+    queries = (scored.queries.float() * (scored.scale * _LOG2E)).clamp(-_FLOAT16, _FLOAT16)
+    keys = scored.keys.float().clamp(-_FLOAT16, _FLOAT16)
+    return replace(scored, queries=queries.half(), keys=keys.half(), scale=1.0 / _LOG2E)
 
 
 def _by_block(scored: Scored, key_blocks: int, per_block: int) -> tuple[Tensor, Tensor]:

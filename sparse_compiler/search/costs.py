@@ -66,7 +66,9 @@ class CostModel:
         """Row and key block with which a call's candidates are tried."""
         return self.blocks or (call.geometry.block_q, call.geometry.block_k)
 
-    def share(self, shape: SiteShape, head: HeadPattern, density: float, size: tuple[int, int]):
+    def share(
+        self, shape: SiteShape, head: HeadPattern, density: float, size: tuple[int, int]
+    ) -> float:
         """Time of a layer whose heads all are like this one, over that of dense.
 
         Args:

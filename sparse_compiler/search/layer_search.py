@@ -27,6 +27,9 @@ from sparse_compiler.search.trial import (
 
 __all__ = ["Plan", "add_maps", "best_candidate", "swap", "try_layer"]
 
+#: Digits of an error that count.
+_DIGITS = 6
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -170,15 +173,17 @@ def _try(
 
 
 def best_candidate(record: LayerRecord, head: int) -> int:
-    """The candidate with the least mean error for a head; the first of equals."""
-    totals = [
-        sum(sample[c][head] for sample in record.errors)
-        if record.grown[c][head] is not None
-        else math.inf
-        for c in range(len(record.grown))
-    ]
+    """The candidate with the least mean error for a head.
+
+    The first wins where errors agree to six digits: what is below that is rounding.
+    """
     usable = [c for c in range(len(record.grown)) if record.grown[c][head] is not None]
-    return min(usable, key=lambda c: (totals[c], c))
+    count = max(1, len(record.errors))
+
+    def error(c: int) -> float:
+        return round(sum(sample[c][head] for sample in record.errors) / count, _DIGITS)
+
+    return min(usable, key=lambda c: (error(c), c))
 
 
 def _one_head(call: AttentionCall, head: int) -> AttentionCall:

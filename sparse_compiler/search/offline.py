@@ -137,8 +137,10 @@ def _check(
     ):
         if value not in allowed:
             raise OptionInvalid(f"option {key!r}", f"one of {', '.join(allowed)}", value)
-    if not prompts:
-        raise OptionInvalid("option 'prompts'", "at least one prompt", prompts)
+    if isinstance(prompts, Tensor | Mapping) or not prompts:
+        raise OptionInvalid(
+            "option 'prompts'", "a list of one prompt or more", type(prompts).__name__
+        )
     if layers is not None and (not layers or any(not 0 <= n < _LAYERS for n in layers)):
         raise OptionInvalid("option 'layers'", f"numbers from 0 to {_LAYERS - 1}", list(layers))
     if model.training:

@@ -26,6 +26,7 @@ from sparse_compiler.patterns import registry
 __all__ = [
     "check_config",
     "check_embeddable",
+    "check_model",
     "embed_config",
     "encode_config",
     "load_config",
@@ -186,6 +187,24 @@ def check_config(layers: Tables, heads: Sequence[int], where: str = "") -> None:
                 extra[0],
                 where=f"{place}layer {number}, head {extra[0]}",
             )
+
+
+def check_model(path: str | os.PathLike[str], model: Any) -> None:
+    """Compare a configuration with a transformers model; models that do not say their sizes pass.
+
+    Raises:
+        ConfigCorrupt: as ``load_config`` and ``check_config``.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    sizes: list[Any] = [
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads")
+    ]
+    # An encoder and a decoder count their layers each from 0.
+    if getattr(config, "is_encoder_decoder", False) or not all(isinstance(n, int) for n in sizes):
+        return
+    check_config(load_config(path), [int(sizes[1])] * int(sizes[0]), str(path))
 
 
 def encode_config(layers: Tables, scores: Scores | None = None) -> list[dict[str, list[Any]]]:

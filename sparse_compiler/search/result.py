@@ -107,6 +107,7 @@ def result_of(state: SearchState, plan: Plan, tokens: Sequence[int], executor: s
             continue
         layers.append({head: _choice(record, plan, head) for head in range(record.heads)})
     notes = [plan.cost.note if not plan.clock else f"cost measured with executor {executor}"]
+    notes += _uncharged(plan)
     if empty:
         notes.append(
             f"layers {', '.join(map(str, empty))} were not searched: where they are sparse, their "
@@ -119,6 +120,19 @@ def result_of(state: SearchState, plan: Plan, tokens: Sequence[int], executor: s
         notes += [f"{candidate} was left out: {reason}" for reason in sorted(reasons)]
     kind = "logits" if plan.by_logits else "output"
     return SearchResult(tuple(layers), plan.budget, tuple(tokens), kind, tuple(notes))
+
+
+def _uncharged(plan: Plan) -> list[str]:
+    """A note on estimators whose own work the cost model does not know."""
+    names = dict.fromkeys(candidate.pattern for candidate in plan.candidates)
+    known = {"a_shape", "vertical_slash", "block_sparse"}
+    others = [name for name in names if name not in known]
+    if plan.clock or not others:
+        return []
+    return [
+        f"predicted costs leave out what {', '.join(others)} spend on choosing keys beyond ranking "
+        "blocks; cost='measured' counts it"
+    ]
 
 
 def _choice(record: LayerRecord, plan: Plan, head: int) -> HeadChoice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,23 +197,56 @@ def grow_by_model(
         return [cost.share(shape, h, d, size) for h, d in zip(heads, densities, strict=True)]
 
     try:
-        low, high = [1] * num_heads, [candidate.steps(num_keys)] * num_heads
-        first = shares(low)
+        first = shares([1] * num_heads)
         fits = [share <= budget for share in first]
-        if any(fits):
-            last = shares(high)
-            low = [high[h] if share <= budget else 1 for h, share in enumerate(last)]
-            _bisect(low, high, shares, budget)
+        most = candidate.steps(num_keys)
+        low = _grow(shares, num_heads, most, budget, _EXACTNESS) if any(fits) else [1] * num_heads
     except PatternInvalid as error:
         return _nothing(num_heads, str(error))
     found = (numbers(step) if fit else None for step, fit in zip(low, fits, strict=True))
     return Grown(tuple(found), least=min(first))
 
 
-def _bisect(low: list[int], high: list[int], shares, budget: float) -> None:
+def _grow(
+    shares: Callable[[Sequence[int]], list[float]],
+    count: int,
+    most: int,
+    budget: float,
+    exactness: float,
+) -> list[int]:
+    """The largest step of each head that costs no more than the budget; 1 where none does.
+
+    Up a ladder first, so that nothing far above the budget is ever tried, then by bisection.
+
+    Args:
+        shares: costs of a step for each head.
+        count: heads.
+        most: the last step.
+    """
+    low, high = [1] * count, [0] * count  # a high of 0 is not known yet
+    for rung in sorted({most // parts for parts in (256, 64, 16, 4, 1)} - {0, 1}):
+        if all(high):
+            break
+        found = shares([rung if not high[h] else low[h] for h in range(count)])
+        for h in range(count):
+            if not high[h]:
+                fits = found[h] <= budget
+                low[h], high[h] = (rung, 0) if fits else (low[h], rung)
+    high = [top or low[h] for h, top in enumerate(high)]
+    _bisect(low, high, shares, budget, exactness)
+    return low
+
+
+def _bisect(
+    low: list[int],
+    high: list[int],
+    shares: Callable[[Sequence[int]], list[float]],
+    budget: float,
+    exactness: float,
+) -> None:
     """Raise each ``low``, which fits, towards ``high``, which does not, by ratios."""
     while True:
-        open_heads = [h for h in range(len(low)) if high[h] - low[h] > max(1, low[h] * _EXACTNESS)]
+        open_heads = [h for h in range(len(low)) if high[h] - low[h] > max(1, low[h] * exactness)]
         if not open_heads:
             return
         middle = list(low)
@@ -246,15 +279,11 @@ def grow_by_clock(
         return clock_share(Trial(call, [head] * num_heads, size))
 
     try:
-        low, high = 1, candidate.steps(num_keys)
-        first = share(low)
+        first = share(1)
         if first > budget:
             return Grown((None,) * num_heads, least=first)
-        if high > low and share(high) <= budget:
-            low = high
-        while high - low > max(1, low * _CLOCK_EXACTNESS):
-            middle = min(max(math.isqrt(low * high), low + 1), high - 1)
-            low, high = (middle, high) if share(middle) <= budget else (low, middle)
+        most = candidate.steps(num_keys)
+        [low] = _grow(lambda steps: [share(steps[0])], 1, most, budget, _CLOCK_EXACTNESS)
     except PatternInvalid as error:
         return _nothing(num_heads, str(error))
     head = candidate.at(low, num_keys, size[0], call.banded)

@@ -71,14 +71,7 @@ def test_sparse_chunks_keep_the_answers(kind: str) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(
-            "dynamic",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="keys and values of a layer come with symbols of their own; the guard that "
-                "makes them one comes after the sizes of earlier layers were read",
-            ),
-        ),
+        "dynamic",
         "static",
     ],
 )

@@ -115,7 +115,7 @@ def test_it_runs_through_the_operators_and_registers_twice() -> None:
     assert registry.get("block_retrieval").number == 1201
     q, k, v = random_qkv(0, num_q=512, num_k=512)
     heads = [HeadPattern("block_retrieval", 8, 64)] * q.shape[1]
-    out, _ = sparse_attention(q, k, v, heads, Geometry(0, -1, 0, 64, 64), executor="cpu")
+    out, _, _ = sparse_attention(q, k, v, heads, Geometry(0, -1, 0, 64, 64), executor="cpu")
     dense = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=True
     )

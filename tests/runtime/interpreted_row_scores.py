@@ -20,9 +20,7 @@ from row_score_cases import Case, assert_agrees, cases  # noqa: E402
 from sparse_compiler.runtime.triton_executor import TritonExecutor  # noqa: E402
 
 
-@settings(
-    max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases)
 @example(Case(seed=1, num_q=70, num_k=70, numbers=((300_000, 1), (1, 3)), block_q=16, block_k=16))
 @example(Case(seed=2, num_q=33, num_k=97, offset=64, left=40, padding=True, groups=1, block_k=32))

@@ -79,9 +79,21 @@ class Case:
         none = torch.zeros(0, dtype=torch.int64, device=k.device)
         limits = Limits()
         for head in self.heads:
-            limits = limits.join(self.pattern.limits(head, self.block_q, self.block_k, self.right == 0))
+            limits = limits.join(
+                self.pattern.limits(head, self.block_q, self.block_k, self.right == 0)
+            )
         return SelectRequest(
-            *(q, k, summarize(k, rows, mask, group or self.block_k), none, none, none, self.geometry, rows, mask),
+            *(
+                q,
+                k,
+                summarize(k, rows, mask, group or self.block_k),
+                none,
+                none,
+                none,
+                self.geometry,
+                rows,
+                mask,
+            ),
             scale=0.5,
             limits=limits,
             probe=lambda *_: (none, none),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sparse_compiler
 from sparse_compiler.errors import ConfigCorrupt
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
@@ -150,6 +151,27 @@ def test_a_configuration_of_another_model_is_refused(layers: Layers, shown: list
 
 def test_a_configuration_of_the_model_fits() -> None:
     check_config([{0: HeadPattern("dense")}, {3: HeadPattern("dense")}], [4, 4])
+
+
+def test_compiling_a_model_with_another_ones_configuration_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model, path = transformers.LlamaForCausalLM(config), tmp_path / "best.json"
+    for text, shown in (
+        (f'[{{"0": {GOOD}}}]', "layer 1 is missing"),
+        (f'[{{}}, {{"2": {GOOD}}}]', "layer 1, head 2"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigCorrupt, match=shown):
+            sparse_compiler.compile(model, config=path)
+    path.write_text(f'[{{}}, {{"1": {GOOD}}}]')
+    sparse_compiler.restore(sparse_compiler.compile(model, config=path))
 
 
 @pytest.mark.parametrize(

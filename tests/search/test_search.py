@@ -47,8 +47,11 @@ def test_each_head_gets_the_pattern_that_was_planted() -> None:
     ]
     for choice in layer.values():
         assert choice.cost <= 0.35
-        assert choice.error == min(choice.errors.values())
-        assert choice.error < 0.7 * sorted(choice.errors.values())[1]
+        assert choice.error == pytest.approx(min(choice.errors.values()), abs=1e-6)
+    # Head 0 needs no more than any pattern keeps near by: the first candidate wins.
+    assert layer[0].error < 1e-5
+    for head in (1, 2):
+        assert layer[head].error < 0.5 * sorted(layer[head].errors.values())[1]
 
 
 def test_costs_keep_the_budget_and_scores_follow_from_errors() -> None:
@@ -108,8 +111,9 @@ class _Stop(Exception):
 def test_an_interrupted_search_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
-    prompts = [prompt(512), prompt(768, seed=1)]
+    prompts = [prompt(256), prompt(384, seed=1)]
     options: dict[str, Any] = {"prompts": prompts, "error": error, "candidates": FEW[:2]}
+    options["budget"] = 0.9
     whole, broken = tmp_path / "whole.json", tmp_path / "broken.json"
     _search(output=whole, **options)
     torch.compiler.reset()
@@ -207,25 +211,27 @@ def test_several_prompts_are_averaged_and_the_longest_decides_the_numbers() -> N
 
 
 def test_errors_of_the_logits_are_those_of_one_sparse_head() -> None:
-    model, ids = small_model(), prompt(512)
-    result = _search(model, prompts=[ids], error="logits", candidates=["a_shape(8,64)"])
+    model, ids = small_model(), prompt(256)
+    more = {"executor": "reference", "candidates": ["a_shape(8,64)"], "budget": 0.99}
+    result = _search(model, prompts=[ids], error="logits", **more)
     torch.compiler.reset()
-    table = {1: {2: ("a_shape", 8, 64), "*": "dense"}, 0: {"*": "dense", 0: ("a_shape", 0, 4096)}}
-    options = {"pattern": table, "min_tokens": 0, "inner": "eager"}
+    table = {1: {2: ("a_shape", 8, 64), "*": "dense"}, 0: {0: ("a_shape", 0, 999), "*": "dense"}}
+    options = {"pattern": table, "min_tokens": 0, "inner": "eager", "executor": "reference"}
     compiled = torch.compile(model, backend="minference", options=options)
     with torch.inference_mode():
         dense = model(input_ids=ids[None], logits_to_keep=64)
-        # Row blocks of 256 on this executor and 64 in the search: ask the search's own blocks.
         sparse = compiled(input_ids=ids[None], logits_to_keep=64)
     error = float((sparse - dense).norm() / dense.norm())
-    found = result.layers[1][2].error
-    assert found > 0
-    assert found == pytest.approx(error, rel=0.9)
+    assert error > 0
+    assert result.layers[1][2].error == pytest.approx(error, rel=1e-2)
     assert result.kind == "logits"
 
 
-def test_measured_costs() -> None:
-    result = _search(cost="measured", budget=0.999, candidates=["a_shape(16,64)", "a_shape(16,*)"])
+def test_measured_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tiny problems are slower sparse than dense: any budget below 1 may be too small here.
+    monkeypatch.setattr(offline, "_check", lambda *arguments: None)
+    few = ["a_shape(16,64)", "a_shape(16,*)"]
+    result = _search(cost="measured", budget=1e6, candidates=few, prompts=[prompt(512)])
     for layer in result.layers:
         assert len({(c.pattern, c.candidate) for c in layer.values()}) <= 2
     assert "measured" in result.notes[0]
@@ -252,6 +258,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"cost": "guessed"}, "cost"),
     ({"error": "loss"}, "error"),
     ({"prompts": []}, "prompts"),
+    ({"prompts": prompt()}, "prompts"),
     ({"layers": []}, "layers"),
     ({"layers": [-1]}, "layers"),
     ({"candidates": []}, "candidates"),
