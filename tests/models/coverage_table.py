@@ -13,7 +13,7 @@ import transformers
 import zoo
 from compare import SCENARIOS, TOLERANCE, is_extra
 
-__all__ = ["render", "summary"]
+__all__ = ["render", "surroundings", "summary"]
 
 Row = dict[str, Any]
 # The scenarios that stand for a prompt: their sites are the table's.
@@ -125,9 +125,7 @@ def render(rows: list[Row]) -> str:
         "in the stock graphs that are no site. Mask left: tensors [..., Lq, Lk] in graphs whose "
         "sites were all rewritten.",
         "",
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, {platform.machine()} CPU; "
-        "`python tests/models/run_coverage.py --write docs/coverage.md`; "
+        f"{_where(rows)}; `python tests/models/run_coverage.py --write docs/coverage.md`; "
         f"{sum(row['seconds'] for row in rows) / 3600:.1f} hours of one core"
         + (f"; rows of {len(versions)} states of the sources" if len(versions) > 1 else ""),
         "",
@@ -144,6 +142,22 @@ def render(rows: list[Row]) -> str:
         *_details(rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def surroundings() -> str:
+    """Where a row is made."""
+    return (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()} CPU"
+    )
+
+
+def _where(rows: list[Row]) -> str:
+    """The surroundings of all rows, with their numbers where there are several."""
+    found = Counter(row.get("where", "not recorded") for row in rows).most_common()
+    if len(found) == 1:
+        return found[0][0]
+    return "; ".join(f"{where} ({count} rows)" for where, count in found)
 
 
 def _models(rows: list[Row], keep: Callable[[str], bool]) -> list[_Model]:

@@ -117,12 +117,14 @@ def _work(name: str, scenarios: list[str]) -> None:
     """In a worker: one row a scenario, as lines on standard output."""
     import torch
     from compare import compare
+    from coverage_table import surroundings
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     for scenario in scenarios:
         print(_START + scenario, flush=True)
-        print(_ROW + json.dumps(compare(name, scenario).as_dict()), flush=True)
+        row = {**compare(name, scenario).as_dict(), "where": surroundings()}
+        print(_ROW + json.dumps(row), flush=True)
 
 
 def _run(
