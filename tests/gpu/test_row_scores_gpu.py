@@ -23,7 +23,9 @@ COMMON = {"device": "cuda", "block_q": 64, "block_k": 64}
 CASES = [
     Case(1, 700, 700, dtype=BF16, dim=128, groups=4, numbers=((5000, 0), (20000, 3)), **COMMON),
     Case(2, 700, 900, 200, dtype=BF16, dim=128, groups=4, name="low_rank", **COMMON),
-    Case(3, 999, 999, dtype=BF16, dim=64, groups=3, padding=True, batch=2, name="low_rank", **COMMON),
+    Case(
+        3, 999, 999, dtype=BF16, dim=64, groups=3, padding=True, batch=2, name="low_rank", **COMMON
+    ),
     Case(4, 500, 500, right=-1, dtype=FP16, dim=80, broken=float("nan"), name="low_rank", **COMMON),
     Case(5, 500, 500, left=100, dtype=FP32, dim=64, name="low_rank", **COMMON),
     Case(6, 600, 600, dtype=BF16, dim=256, name="key_means", **COMMON),

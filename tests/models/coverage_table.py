@@ -13,7 +13,7 @@ import transformers
 import zoo
 from compare import SCENARIOS, TOLERANCE, is_extra
 
-__all__ = ["render", "surroundings", "summary"]
+__all__ = ["render", "summary", "surroundings"]
 
 Row = dict[str, Any]
 # The scenarios that stand for a prompt: their sites are the table's.
