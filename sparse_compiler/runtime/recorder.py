@@ -200,19 +200,35 @@ def _band_pairs(index: AttentionIndex, sample: _Sample) -> Tensor:
 
 
 def _block_pairs(index: AttentionIndex, sample: _Sample) -> Tensor:
+    """In closed form: a launch for each key of a block would take longer than the attention."""
+    geometry = sample.geometry
     blocks = index.blocks[:, :, sample.step].long()  # [B, T, m, K]
     count = index.num_blocks[:, :, sample.step]
     listed = torch.arange(blocks.shape[3], device=blocks.device) < count[..., None]
-    start, stop = sample.kv_start[:, None, :, None], sample.kv_end[:, None, :, None]
-    total = torch.zeros(blocks.shape[:2], device=blocks.device)
-    for lane in range(sample.geometry.block_k):
-        at = blocks * sample.geometry.block_k + lane
-        inside = listed & (at >= start) & (at < stop)
-        seen = sample.rows_that_see(
-            sample.end[:, None, :, None] - at, sample.missing[:, None, :, None]
-        )
-        total += torch.where(inside, seen, 0).sum((2, 3)).float()
-    return total
+    start = torch.maximum(blocks * geometry.block_k, sample.kv_start[:, None, :, None])
+    stop = torch.minimum((blocks + 1) * geometry.block_k, sample.kv_end[:, None, :, None])
+    stop = torch.maximum(stop, start)
+    low = (sample.end - geometry.block_q)[:, None, :, None]
+    high = (sample.end - sample.missing)[:, None, :, None]
+    if geometry.right >= 0:
+        pairs = _pairs_up_to(start - geometry.right, stop - geometry.right, low, high)
+    else:
+        pairs = (stop - start) * (high - low)
+    if geometry.left >= 0:
+        after = geometry.left + 1
+        pairs = pairs - _pairs_up_to(start + after, stop + after, low, high)
+    return torch.where(listed, pairs, 0).sum((2, 3)).float()
+
+
+def _pairs_up_to(start: Tensor, stop: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Pairs of a number in start..stop - 1 and one in low..high - 1 that is no smaller; int64."""
+
+    def beyond(first: Tensor) -> Tensor:
+        """Those of all numbers from ``first`` on: a triangle, and a rectangle before it."""
+        height = (high - torch.maximum(first, low)).clamp(min=0)
+        return height * (height + 1) // 2 + (low - first).clamp(min=0) * (high - low)
+
+    return beyond(start) - beyond(stop)
 
 
 def _pairs_between(
