@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),constraints/base.txt,constraints/cpu.txt)
 TOKENS ?= 16384
+JOBS ?= 2
 
 .PHONY: demo test check fix test-gpu bench golden budgets fuzz coverage clean
 
@@ -18,8 +19,8 @@ $(VENV)/ready: pyproject.toml constraints/base.txt constraints/cpu.txt
 demo: $(VENV)/ready  ## the main job: a long prompt, dense against minference
 	$(BIN)/python -m sparse_compiler demo --tokens $(TOKENS) $(if $(JSON),--json $(JSON))
 
-test: $(VENV)/ready  ## every test that needs no GPU, the architecture test included
-	$(BIN)/python -m pytest -m "not gpu"
+test: $(VENV)/ready  ## every test that needs no GPU, the architecture test included; JOBS=2 at a time
+	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile --durations 15
 
 check: $(VENV)/ready  ## lint and types
 	$(BIN)/ruff check .

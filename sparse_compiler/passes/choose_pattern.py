@@ -189,11 +189,13 @@ def _patterns(
     causal = _causal(state)
     option = ctx.config.pattern
     biased = isinstance(state.proof, Proved) and bool(state.proof.fact.bias)
+    # Lists of all key blocks take far more memory than a band that covers everything.
+    unlisted = biased or (ctx.config.budget or 0.0) >= 1
     per_layer = ctx.tables is not None or (not isinstance(option, str) and set(option) != {ANY})
     if per_layer and site.layer is None:
         _layer_unknown(state)
         origin = "policy"
-        found = tuple(policy.uniform("auto", heads, causal=causal, auto=auto, biased=biased))
+        found = tuple(policy.uniform("auto", heads, causal=causal, auto=auto, unlisted=unlisted))
     elif ctx.tables is not None:
         found = _from_tables(state, site, heads, ctx)
         origin = ctx.config.config or "config"
@@ -201,7 +203,7 @@ def _patterns(
         found, origin = (state.advice.pattern,) * heads, state.advice.origin
     elif isinstance(option, str):
         origin = "policy" if option == "auto" else "option"
-        found = tuple(policy.uniform(option, heads, causal=causal, auto=auto, biased=biased))
+        found = tuple(policy.uniform(option, heads, causal=causal, auto=auto, unlisted=unlisted))
     else:
         found, origin = _from_option(state, site, heads, option), "option"
     if found is None:

@@ -6,18 +6,17 @@ from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import BlockRule
 
-__all__ = ["AUTO_BIASED", "AUTO_OTHER", "uniform"]
+__all__ = ["AUTO_BAND", "AUTO_OTHER", "uniform"]
 
 AUTO_OTHER = HeadPattern("block_sparse", 100)
 """Without a causal order the last rows say nothing about the first: rank blocks instead."""
 
-
-AUTO_BIASED = HeadPattern("vertical_slash", 1000, 1000)
+AUTO_BAND = HeadPattern("vertical_slash", 1000, 1000)
 """Kernels that score rows know no bias; without them every pair of row and key would be read."""
 
 
 def uniform(
-    option: str, heads: int, *, causal: bool, auto: HeadPattern, biased: bool = False
+    option: str, heads: int, *, causal: bool, auto: HeadPattern, unlisted: bool = False
 ) -> list[HeadPattern]:
     """The same pattern for every head.
 
@@ -26,11 +25,12 @@ def uniform(
         heads: local query heads.
         causal: the mask hides later keys.
         auto: what the executor can afford for a causal head about which nothing is known.
-        biased: something is added to the logits.
+        unlisted: scoring rows would not pay: something is added to the logits, or every pair is
+            computed anyway.
     """
     if option == "auto":
         by_rows = isinstance(registry.get(auto.name).rule, BlockRule)
-        head = (AUTO_BIASED if biased and by_rows else auto) if causal else AUTO_OTHER
+        head = (AUTO_BAND if unlisted and by_rows else auto) if causal else AUTO_OTHER
     else:
         head = registry.get(option).default()
     return [head] * heads
