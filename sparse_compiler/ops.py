@@ -93,7 +93,12 @@ def _caller(name: str) -> Callable[..., Any]:
                 f"sparse_compiler::{name} has no implementation yet: "
                 "import sparse_compiler.runtime.dispatch first"
             )
-        return _IMPLEMENTATIONS[name](*args, **kwargs)
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return _IMPLEMENTATIONS[name](*args, **kwargs)
+        # Outside of a compiled graph autocast would reach into what estimators compute in float32.
+        with torch.autocast(device, enabled=False):
+            return _IMPLEMENTATIONS[name](*args, **kwargs)
 
     return call
 

@@ -189,8 +189,10 @@ def _patterns(
     causal = _causal(state)
     option = ctx.config.pattern
     biased = isinstance(state.proof, Proved) and bool(state.proof.fact.bias)
-    # Lists of all key blocks take far more memory than a band that covers everything.
-    unlisted = biased or (ctx.config.budget or 0.0) >= 1
+    # Lists of all key blocks take far more memory than a band that covers everything; so do lists
+    # for a budget of which only the run time knows the length.
+    budget, length = ctx.config.budget, site.key_shape[2]
+    unlisted = biased or (budget is not None and (budget >= 1 or not isinstance(length, int)))
     per_layer = ctx.tables is not None or (not isinstance(option, str) and set(option) != {ANY})
     if per_layer and site.layer is None:
         _layer_unknown(state)

@@ -20,7 +20,9 @@ def of_means(request: SelectRequest, group: int = 0) -> Scored:
     Args:
         group: keys of a mean; 0 takes the summary's.
     """
+    # A row with a NaN or inf votes for nothing: it must not choose for its neighbours.
     queries, scale = request.q, request.scale
+    queries = torch.where(queries.isfinite().all(-1, keepdim=True), queries, 0)
     if scale < 0:
         queries, scale = -queries, -scale
     means = request.summary if group in (0, request.group) else all_means(request, group)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compiler.patterns.base import BlockRule, Scored, SelectRequest
+from sparse_compiler.patterns.ranking import real_rows
 from sparse_compiler.patterns.row_scores import RowScored
 from sparse_compiler.patterns.visible import visible_keys
 
@@ -30,19 +31,21 @@ def sketches(request: SelectRequest) -> Scored:
     if dim <= RANK:
         finite = request.k.isfinite().all(-1)
         keys = torch.where(finite[..., None], request.k, 0)
-        queries, scale = (request.q, request.scale)
+        queries, scale = request.q, request.scale
+        queries = torch.where(queries.isfinite().all(-1, keepdim=True), queries, 0)
         if scale < 0:
             queries, scale = -queries, -scale
         return Scored(queries, keys, ~finite, 1, scale)
     of_queries, of_keys, mean = projections(request)
     groups = request.q.shape[1] // request.k.shape[1]
     queries = torch.matmul(request.q, of_queries.to(request.q.dtype).repeat_interleave(groups, 1))
-    keys = torch.matmul(request.k, of_keys.to(request.k.dtype))
-    shift = torch.matmul(mean[..., None, :], of_keys).to(keys.dtype)
-    keys = keys - shift
-    finite = keys.isfinite().all(-1)
+    # A row with a NaN or inf votes for nothing: it must not choose for its neighbours.
+    queries = torch.where(queries.isfinite().all(-1, keepdim=True), queries, 0)
     if request.scale < 0:
         queries = -queries
+    # Before rounding, so that a large mean costs no digits.
+    keys = torch.matmul(request.k.float() - mean[:, :, None], of_keys).to(request.k.dtype)
+    finite = keys.isfinite().all(-1)
     keys = torch.where(finite[..., None], keys, 0)
     return Scored(queries, keys, ~finite, 1, abs(request.scale))
 
@@ -59,8 +62,12 @@ def projections(request: SelectRequest) -> tuple[Tensor, Tensor, Tensor]:
     """
     q, k = request.q, request.k
     (batch, _, num_q, dim), (_, kv_heads, num_k, _) = q.shape, k.shape
-    rows = q[:, :, :: -(-num_q // _SAMPLES)].float()
-    rows = torch.where(rows.isfinite(), rows, 0).reshape(batch, kv_heads, -1, dim).double()
+    every = -(-num_q // _SAMPLES)
+    first, past = (t[:, None, None, None] for t in real_rows(request))
+    place = torch.arange(0, num_q, every, device=q.device)[:, None]
+    rows = q[:, :, ::every].float()
+    rows = torch.where((place >= first) & (place < past) & rows.isfinite(), rows, 0)
+    rows = rows.reshape(batch, kv_heads, -1, dim).double()
     every = -(-num_k // _SAMPLES)
     visible = visible_keys(request.rows, request.key_mask, num_k)[:, None, ::every, None]
     keys = torch.where(visible & k[:, :, ::every].isfinite(), k[:, :, ::every].double(), 0)

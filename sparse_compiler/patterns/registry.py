@@ -49,6 +49,13 @@ def register(pattern: Pattern) -> Pattern:
     Raises:
         PatternInvalid: the name or the number is taken by another class.
     """
+    if hasattr(pattern, "reads_summary"):
+        raise PatternInvalid(
+            f"attribute 'reads_summary' of pattern {pattern.name!r}",
+            "summary_keys, the number of keys that share a mean",
+            pattern.reads_summary,  # type: ignore[attr-defined]
+            fix="Say summary_keys = WHOLE_BLOCKS, of patterns.base, for a mean of each key block.",
+        )
     for other in _PATTERNS.values():
         same_class = _qualified(other) == _qualified(pattern)
         if not same_class and (other.name == pattern.name or other.number == pattern.number):

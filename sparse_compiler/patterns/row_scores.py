@@ -63,7 +63,7 @@ class RowScored(Pattern):
         return HeadPattern(self.name, self.threshold, 0)
 
     def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
-        return Limits(blocks=limit_blocks(head.second, block_q, block_k))
+        return Limits(blocks=limit_blocks(head.second, block_q, block_k, causal))
 
     def from_budget(
         self, budget: float, num_keys: int, block_q: int, causal: bool = True
@@ -89,10 +89,10 @@ class RowScored(Pattern):
         return density_of_blocks(head.second, num_keys, block_q)
 
 
-def limit_blocks(second: int, block_q: int, block_k: int) -> int:
+def limit_blocks(second: int, block_q: int, block_k: int, causal: bool = True) -> int:
     """The bound of a row block's list: ``second`` blocks of 64 keys, or what grows with the length."""
-    # Its own blocks and those of the first and last key are kept in any case.
-    least = -(-block_q // block_k) + 3
+    # Its own blocks and those of the first key and of where its rows' keys end are kept in any case.
+    least = (1 if causal else 2) * -(-block_q // block_k) + 3
     if second == 0:
         return AUTOMATIC - least
     return max(least, -(-second * PUBLISHED_BLOCK // block_k))

@@ -144,8 +144,9 @@ class Executor(ABC):
         rule: BlockRule,
         capacity: int,
         num_slots: int,
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Choose and list the key blocks of all block slots of a layer, whose heads share a pattern.
+        """Choose and list the key blocks of a pattern's block slots of a layer.
 
         What it returns is, rounding of scores aside, what the pattern's ``choose`` and
         ``lowering.lower_blocks`` return.
@@ -156,6 +157,8 @@ class Executor(ABC):
             rule: of the pattern.
             capacity: K, the length of a list.
             num_slots: T > 0.
+            out: lists into which those of the pattern's slots are written; else the lists of other
+                slots are undefined.
         Returns:
             (blocks, num_blocks) of the index; None where PyTorch operations do.
         """

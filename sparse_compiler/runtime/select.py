@@ -235,21 +235,41 @@ def _list_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Block lists of all block slots, (blocks, num_blocks), by the executor's kernels or not."""
     band_slots, listed = num_slots
+    if executor is None or not listed:
+        return _choose_blocks(request, params, patterns, num_slots, budget, capacity)
     holders = [p for p in patterns if p.component == "blocks" or not band_slots]
-    if executor is not None and listed and len(holders) == 1:
-        rule = holders[0].rule
-        if isinstance(rule, BlockRule):
-            if budget >= 0:
-                params = params.clone()
-                geometry = request.geometry
-                head = holders[0].from_budget(
-                    budget, request.k.shape[2], geometry.block_q, geometry.right == 0
-                )
-                params[:, 1], params[:, 2] = head.first, head.second
-            found = executor.select_blocks(request, params, rule, capacity, listed)
-            if found is not None:
-                return found
-    return _choose_blocks(request, params, patterns, num_slots, budget, capacity)
+    ruled = [p for p in holders if _block_rule(p) is not None]
+    out = None
+    if len(ruled) < len(holders):
+        others = [p for p in holders if p not in ruled]
+        out = _choose_blocks(request, params, others, num_slots, budget, capacity)
+    for pattern in ruled:
+        rule, asked = _block_rule(pattern), params
+        assert rule is not None
+        if budget >= 0:
+            geometry, asked = request.geometry, params.clone()
+            head = pattern.from_budget(
+                budget, request.k.shape[2], geometry.block_q, geometry.right == 0
+            )
+            asked[:, 1], asked[:, 2] = head.first, head.second
+        out = executor.select_blocks(request, asked, rule, capacity, listed, out)
+        if out is None:  # what the kernels do not know of one pattern, they know of none
+            return _choose_blocks(request, params, patterns, num_slots, budget, capacity)
+    assert out is not None
+    return out
+
+
+def _block_rule(pattern: Pattern) -> BlockRule | None:
+    """The rule of a pattern that chooses by it, under the pattern's own number.
+
+    A subclass inherits a rule, and may have a choice of its own.
+    """
+    rule = pattern.rule
+    if not isinstance(rule, BlockRule):
+        return None
+    maker = next(c for c in type(pattern).__mro__ if "rule" in vars(c))
+    chooser = next(c for c in type(pattern).__mro__ if "choose" in vars(c))
+    return replace(rule, number=pattern.number) if issubclass(maker, chooser) else None
 
 
 def _choose_blocks(

@@ -346,10 +346,11 @@ class TritonExecutor(Executor):
         rule: BlockRule,
         capacity: int,
         num_slots: int,
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         self._check(request.q, request.k, request.k, 0.0)
         _check_blocks(request.geometry)
-        arguments = (self._cache, self._launch, request, params, rule, capacity, num_slots)
+        arguments = (self._cache, self._launch, request, params, rule, capacity, num_slots, out)
         with device_of(request.q):
             return select_by_rows(*arguments, interpret=_interpreting())
 

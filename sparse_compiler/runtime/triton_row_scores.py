@@ -79,10 +79,11 @@ def row_scores_spec(
 
 @cache
 def _programs(device: torch.device) -> int:
-    """Programs of ``score`` that a device runs at once; two in the interpreter, to show the loop."""
+    """Programs of ``score`` that a device runs at once, twice as many where registers are bounded;
+    two in the interpreter, to show the loop."""
     if device.type != "cuda":
         return 2
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def select_by_rows(
@@ -93,6 +94,7 @@ def select_by_rows(
     rule: BlockRule,
     capacity: int,
     num_slots: int,
+    out: tuple[Tensor, Tensor] | None = None,
     *,
     interpret: bool,
 ) -> tuple[Tensor, Tensor] | None:
@@ -119,13 +121,18 @@ def select_by_rows(
     row_blocks, tiles = geometry.num_row_blocks(num_q), -(-num_q // spec.rows)
     shape = (batch, num_slots, row_blocks)
     device = queries.device
-    blocks = torch.empty(*shape, capacity, dtype=torch.int32, device=device)
-    counts = torch.empty(shape, dtype=torch.int32, device=device)
+    if out is None:
+        # A slot that no head of the pattern holds has an empty list.
+        out = (
+            torch.empty(*shape, capacity, dtype=torch.int32, device=device),
+            torch.zeros(shape, dtype=torch.int32, device=device),
+        )
+    blocks, counts = out
     of_groups, of_blocks = _visible(request, scored.group) if spec.key_mask else ([], [])
     every = batch * num_slots
     step = max(1, min(every, _SCORES // (2 * row_blocks * key_blocks)))
     scores = torch.empty(step, row_blocks, key_blocks, dtype=torch.float16, device=device)
-    programs = min(step * tiles, _programs(device))
+    programs = min(step * tiles, _programs(device) * (2 if spec.max_registers else 1))
     slab_size = (key_blocks // spec.tile + 1) * spec.tile
     slabs = torch.empty(programs, spec.rows, slab_size, dtype=torch.float16, device=device)
     module = load_kernels(cache, spec)
@@ -159,6 +166,8 @@ def _in_half(scored: Scored) -> Scored:
 
     Hopper adds such products up in float16 registers and compares two at once.
     """
+    if scored.scale == 0:
+        scored = replace(scored, queries=torch.zeros_like(scored.queries), scale=1.0)
     if scored.queries.dtype == torch.float32 or scored.queries.shape[-1] > _FEW:
         return scored
     queries = (scored.queries.float() * (scored.scale * _LOG2E)).clamp(-_FLOAT16, _FLOAT16)

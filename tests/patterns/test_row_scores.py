@@ -1,0 +1,93 @@
+"""Patterns that score every row: what broken rows, subclasses and autocast must not do."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+
+from row_score_cases import Case, case_request
+
+from sparse_compiler.errors import PatternInvalid
+from sparse_compiler.ir.index import Geometry
+from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import BlockChoice, SelectRequest
+from sparse_compiler.patterns.block_sparse import BlockSparse
+from sparse_compiler.patterns.low_rank import LowRank, projections
+from sparse_compiler.runtime.select import _block_rule
+from sparse_compiler.testing import sparse_attention
+
+
+@pytest.mark.parametrize("name", ["low_rank", "key_groups", "key_means"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_row_does_not_choose_for_its_neighbours(name: str, value: float) -> None:
+    case = Case(seed=0, num_q=256, num_k=256, dim=32, name=name, block_q=64, numbers=((9000, 4),))
+    request = case.request()
+    choose = case.pattern.choose
+    asked = case_request(request, 0, case.heads[0])
+    before = choose(asked).blocks
+    q = request.q.clone()
+    q[:, :, 200, 3] = value
+    after = choose(replace(asked, q=q)).blocks
+    # Its own vote is gone; the others' are what they were, and room for one more may be used.
+    assert (after & before).sum() >= before.sum() - 3
+    assert after.sum() <= before.sum() + 1
+
+
+def test_directions_are_those_of_rows_that_are_no_padding() -> None:
+    case = Case(seed=1, num_q=400, num_k=400, dim=32, name="low_rank")
+    request = case.request()
+    mask = torch.ones(1, 400, dtype=torch.bool)
+    mask[:, :300] = False
+    rows = torch.tensor([[300, 100, 0, 300, 100]], dtype=torch.int32)
+    padded = replace(request, key_mask=mask, rows=rows)
+    loud = request.q.clone()
+    loud[:, :, :300] = 100 * torch.randn_like(loud[:, :, :300])
+    for quiet, noisy in zip(projections(padded), projections(replace(padded, q=loud)), strict=True):
+        torch.testing.assert_close(quiet, noisy)
+
+
+class _Own(LowRank):
+    name = "row_scores_of_its_own"
+    number = 1951
+
+    def choose(self, request: SelectRequest) -> BlockChoice:
+        return super().choose(request)
+
+
+class _Renamed(LowRank):
+    name = "row_scores_renamed"
+    number = 1952
+
+
+def test_kernels_take_a_subclass_under_its_own_number_and_not_its_own_choice() -> None:
+    rule = _block_rule(_Renamed())
+    assert rule is not None
+    assert rule.number == 1952
+    assert _block_rule(_Own()) is None
+
+
+def test_the_attribute_of_the_earlier_interface_is_refused() -> None:
+    class Old(BlockSparse):
+        name = "row_scores_old"
+        number = 1953
+        reads_summary = True
+
+    with pytest.raises(PatternInvalid, match="summary_keys"):
+        registry.register(Old())
+
+
+@pytest.mark.parametrize("name", ["low_rank", "key_groups"])
+def test_autocast_does_not_reach_into_the_operators(name: str) -> None:
+    q, k, v = (torch.randn(1, 2, 128, 32) for _ in "qkv")
+    heads, geometry = [HeadPattern(name, 5000, 0)] * 2, Geometry(0, -1, 0, 32, 32)
+    want = sparse_attention(q, k, v, heads, geometry)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sparse_attention(q, k, v, heads, geometry)
+    torch.testing.assert_close(got[0], want[0])
