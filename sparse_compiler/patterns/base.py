@@ -87,11 +87,20 @@ class BlockRule:
         every: a row's normaliser is estimated from every so many-th group of a key block, and from
             the best group of each key block; a power of two.
         operands: what is scored.
+        group: keys of a group, or ``WHOLE_BLOCKS``, for predicted costs.
+        rank: directions that are scored, 0 for the whole head, for predicted costs.
     """
 
     number: int
     every: int
     operands: Callable[[SelectRequest], Scored]
+    group: int = 1
+    rank: int = 0
+
+    def flops(self, pairs: float, head_dim: int, block_k: int) -> float:
+        """Arithmetic of scoring ``pairs`` pairs of a row and a key."""
+        directions = min(self.rank or head_dim, head_dim)
+        return 2.0 * directions * pairs / (block_k if self.group == WHOLE_BLOCKS else self.group)
 
 
 @dataclass(frozen=True)

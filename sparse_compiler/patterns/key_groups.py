@@ -51,4 +51,4 @@ class KeyGroups(RowScored):
     number = 4
     summary_keys = 8
     threshold = 5000
-    rule = BlockRule(number, every=4, operands=of_means)
+    rule = BlockRule(number, every=4, operands=of_means, group=8)

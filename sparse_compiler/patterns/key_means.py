@@ -35,4 +35,4 @@ class KeyMeans(RowScored):
     number = 7
     summary_keys = WHOLE_BLOCKS
     threshold = 5000
-    rule = BlockRule(number, every=1, operands=of_block_means)
+    rule = BlockRule(number, every=1, operands=of_block_means, group=WHOLE_BLOCKS)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import BlockRule
 from sparse_compiler.search.layer_search import Plan, best_candidate
 from sparse_compiler.search.published_config import embed_config, save_config
 from sparse_compiler.search.state import LayerRecord, SearchState
@@ -125,8 +127,12 @@ def result_of(state: SearchState, plan: Plan, tokens: Sequence[int], executor: s
 def _uncharged(plan: Plan) -> list[str]:
     """A note on estimators whose own work the cost model does not know."""
     names = dict.fromkeys(candidate.pattern for candidate in plan.candidates)
-    known = {"a_shape", "vertical_slash", "block_sparse"}
-    others = [name for name in names if name not in known]
+    known = {"a_shape", "vertical_slash", "block_sparse", "tri_shape"}
+    others = [
+        name
+        for name in names
+        if name not in known and not isinstance(registry.get(name).rule, BlockRule)
+    ]
     if plan.clock or not others:
         return []
     return [
