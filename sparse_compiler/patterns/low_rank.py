@@ -44,7 +44,8 @@ def sketches(request: SelectRequest) -> Scored:
     if request.scale < 0:
         queries = -queries
     # Before rounding, so that a large mean costs no digits.
-    keys = torch.matmul(request.k.float() - mean[:, :, None], of_keys).to(request.k.dtype)
+    keys = torch.matmul(request.k.float(), of_keys)
+    keys = (keys - torch.matmul(mean[:, :, None], of_keys)).to(request.k.dtype)
     finite = keys.isfinite().all(-1)
     keys = torch.where(finite[..., None], keys, 0)
     return Scored(queries, keys, ~finite, 1, abs(request.scale))
