@@ -18,6 +18,7 @@ from sparse_compiler.runtime.triton_launch import Launcher
 
 __all__ = [
     "Scores",
+    "device_capability",
     "empty_scores",
     "heads_at_once",
     "launch_probe",
@@ -101,7 +102,7 @@ def probe_spec(
         window=geometry.left >= 0,
         key_mask=key_mask is not None,
         num_rows=num_rows,
-        heads=heads_at_once(q.dtype, q.shape[-1], groups, _capability(q.device)),
+        heads=heads_at_once(q.dtype, q.shape[-1], groups, device_capability(q.device)),
         last_rows=last_rows,
         num_warps=4,
         num_stages=1 if wide else 2,
@@ -111,9 +112,9 @@ def probe_spec(
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def device_capability(device: torch.device) -> tuple[int, int]:
     """Of a CUDA device; Hopper's for the interpreter, which shows its kernels."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return torch.cuda.get_devicedevice_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @cache

@@ -16,6 +16,7 @@ from sparse_compiler.patterns.summaries import visible_in_groups
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
 from sparse_compiler.runtime.triton_attend import float32_precision, rows_contiguous
 from sparse_compiler.runtime.triton_launch import Launcher
+from sparse_compiler.runtime.triton_probe import device_capability
 
 __all__ = ["row_scores_spec", "select_by_rows"]
 
@@ -48,6 +49,7 @@ def row_scores_spec(
     dtype, dim = scored.queries.dtype, scored.queries.shape[-1]
     per_block = geometry.block_k // scored.group
     hip = torch.version.hip is not None
+    hopper = not hip and device_capability(scored.queries.device)[0] == 9
     wide = hip or dtype == torch.float32 or dim > 128
     half = dtype == torch.float16 and dim <= _FEW
     return RowScoresSpec(
@@ -65,8 +67,9 @@ def row_scores_spec(
         rows=max(geometry.block_q, 64 if wide or interpret or half else 128),
         tile=16 if interpret else 32 if wide else 64,
         line=max(16, power_of_two(key_blocks)),
-        # What is not scored at the edge fits in so many registers, and four programs then run at once.
-        max_registers=128 if half and not hip and not interpret else 0,
+        # On Hopper the loop over whole blocks fits in so many registers, and four programs then run
+        # at once; what spills is the code for blocks that are cut.
+        max_registers=128 if half and hopper and not interpret else 0,
         num_warps=4 if wide or half else 8,
         num_stages=2 if wide else 3,
         half=half,
