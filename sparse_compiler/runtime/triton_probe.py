@@ -114,7 +114,7 @@ def probe_spec(
 @cache
 def device_capability(device: torch.device) -> tuple[int, int]:
     """Of a CUDA device; Hopper's for the interpreter, which shows its kernels."""
-    return torch.cuda.get_devicedevice_capability(device) if device.type == "cuda" else (9, 0)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @cache
