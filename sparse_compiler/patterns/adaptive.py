@@ -59,7 +59,7 @@ class Adaptive(Pattern):
         return HeadPattern(self.name, 950, 0)
 
     def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
-        return Limits(blocks=limit_blocks(head.second, block_q, block_k))
+        return Limits(blocks=limit_blocks(head.second, block_q, block_k, causal))
 
     def from_budget(
         self, budget: float, num_keys: int, block_q: int, causal: bool = True

@@ -40,7 +40,8 @@ class Antidiagonal(Pattern):
 
     Costs 1/16 of dense attention's score products. Misses pairs off the antidiagonals: a key that one
     row alone wants is seen in one of 16 places; a diagonal at an even distance passes between the
-    pairs of every antidiagonal; and a lone column shows only by 1/16 of its logit. Tiles follow addresses, so that an offset moves what is seen. Under a causal mask the
+    pairs of every antidiagonal; and a lone column shows only by 1/16 of its logit. Tiles follow
+    addresses, so that an offset moves what is seen. Under a causal mask the
     choice for a row block depends on nothing after it.
     """
 
@@ -53,7 +54,7 @@ class Antidiagonal(Pattern):
         return HeadPattern(self.name, 900, 0)
 
     def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
-        return Limits(blocks=limit_blocks(head.second, block_q, block_k))
+        return Limits(blocks=limit_blocks(head.second, block_q, block_k, causal))
 
     def from_budget(
         self, budget: float, num_keys: int, block_q: int, causal: bool = True

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sparse_compiler.patterns.base import BlockRule, Scored, SelectRequest
-from sparse_compiler.patterns.row_scores import RowScored, keep_blocks, score_blocks
+from sparse_compiler.patterns.row_scores import RowScored
 from sparse_compiler.patterns.summaries import all_means
 
-__all__ = ["KeyGroups", "keep_groups", "of_means", "score_groups"]
-
-keep_groups = keep_blocks
+__all__ = ["KeyGroups", "of_means"]
 
 
 def of_means(request: SelectRequest, group: int = 0) -> Scored:
@@ -29,11 +26,6 @@ def of_means(request: SelectRequest, group: int = 0) -> Scored:
     finite = means.isfinite().all(-1)
     means = torch.where(finite[..., None], means, 0).to(queries.dtype)
     return Scored(queries, means, ~finite, group or request.group, scale)
-
-
-def score_groups(request: SelectRequest, slot: int, every: int, group: int = 0) -> Tensor:
-    """``score_blocks`` against the means of ``group`` keys."""
-    return score_blocks(request, slot, of_means(request, group), every)
 
 
 class KeyGroups(RowScored):

@@ -240,9 +240,6 @@ def _list_blocks(
     holders = [p for p in patterns if p.component == "blocks" or not band_slots]
     ruled = [p for p in holders if _block_rule(p) is not None]
     out = None
-    if len(ruled) < len(holders):
-        others = [p for p in holders if p not in ruled]
-        out = _choose_blocks(request, params, others, num_slots, budget, capacity)
     for pattern in ruled:
         rule, asked = _block_rule(pattern), params
         assert rule is not None
@@ -255,8 +252,13 @@ def _list_blocks(
         out = executor.select_blocks(request, asked, rule, capacity, listed, out)
         if out is None:  # what the kernels do not know of one pattern, they know of none
             return _choose_blocks(request, params, patterns, num_slots, budget, capacity)
-    assert out is not None
-    return out
+    others = [p for p in holders if p not in ruled]
+    if out is None or not others:
+        return out or _choose_blocks(request, params, patterns, num_slots, budget, capacity)
+    rest = _choose_blocks(request, params, others, num_slots, budget, capacity)
+    numbers = params[:, 0].long()[_slot_heads(params, 4, listed)]
+    held = torch.stack([numbers == pattern.number for pattern in ruled]).any(0)[:, None]
+    return torch.where(held[..., None], out[0], rest[0]), torch.where(held, out[1], rest[1])
 
 
 def _block_rule(pattern: Pattern) -> BlockRule | None:
