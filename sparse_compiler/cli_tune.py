@@ -72,5 +72,6 @@ def print_tuning(tuning: Tuning, console: Console) -> None:
     console.print(
         f"L2 {c.l2:.3g}, memory {c.hbm:.3g}, misses {c.miss:.3g} ms per GB; launch "
         f"{c.launch * 1e3:.2g} us; selection {c.select:.3g} ms + {c.select_key:.3g} per M keys "
-        f"+ {c.select_pair:.3g} per G block pairs"
+        f"+ {c.select_pair:.3g} per G block pairs; scoring rows {c.score_start:.3g} ms "
+        f"+ {c.score_row:.3g} per M rows + {c.score:.3g} per Tflop"
     )

@@ -269,7 +269,7 @@ def _compared(row: dict[str, Any], ranking: Ranking, schedule: str | None) -> li
     known = choose_tile(shape, ranking.pattern, ranking.constants, density=at_64)
     exact = tile(known)
     dense = next(r.ms for r in guess.ranked if r.candidate.schedule == DENSE)
-    index = guessed.terms["index"]
+    index = guessed.terms["index"] + guessed.terms["score"]
     ours = row.get("ours_ms", row.get("sparse_ms", row["attend_ms"] + row["select_ms"]))
     pairs = [
         (guessed.density, row["density"]),

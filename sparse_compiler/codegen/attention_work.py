@@ -22,15 +22,19 @@ from sparse_compiler.ir.monoid import substituted
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import SiteShape
 from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import BlockRule
 
 __all__ = [
     "Clustering",
     "Covered",
+    "Scoring",
     "amounts_dense",
+    "amounts_scoring",
     "amounts_sparse",
     "cover",
     "heads_of",
     "key_rule",
+    "scoring",
 ]
 
 _DENSE_BLOCK = 128
@@ -92,6 +96,33 @@ class Covered:
         return Covered(*(factor * value for value in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Work of the patterns that score every row by itself (``BlockRule``), over all heads.
+
+    Args:
+        heads: query heads that do.
+        rows: (row, head) pairs, over the batch.
+        flops: arithmetic, in that of 16-bit products.
+    """
+
+    heads: int = 0
+    rows: float = 0.0
+    flops: float = 0.0
+
+
+def scoring(pattern: HeadPattern | LayerPatterns, shape: SiteShape, block_k: int) -> Scoring:
+    """What scoring rows takes, by the rules of the patterns."""
+    heads, flops = 0, 0.0
+    for head, count in heads_of(pattern, shape.heads):
+        rule = registry.get(head.name).rule
+        if isinstance(rule, BlockRule):
+            heads += count
+            pairs = shape.allowed_pairs * count / shape.heads
+            flops += rule.flops(pairs, shape.head_dim, block_k) * _MATRIX_COST[shape.dtype]
+    return Scoring(heads, float(shape.batch * heads * shape.num_q), flops)
+
+
 def heads_of(
     pattern: HeadPattern | LayerPatterns, heads: int
 ) -> tuple[tuple[HeadPattern, int], ...]:
@@ -125,6 +156,11 @@ def cover(
         return Covered(wanted=allowed, blocks=allowed)
     limits = pattern.limits(head, block_q, block_k)
     visible = allowed / shape.num_q
+    if isinstance(pattern.rule, BlockRule):
+        # What row blocks may list, as the pattern says it, of causal pairs; most prompts fill it.
+        keys = pattern.density(head, shape.num_k, block_q) * (shape.num_k + 1) / 2
+        blocks = allowed * min(1.0, keys / visible)
+        return Covered(wanted=blocks, blocks=blocks)
     if pattern.component == "blocks":
         blocks = capacity_blocks(limits.blocks, shape.num_k, block_k)
         if limits.blocks == -1:  # a few long lists may ask for no bound
@@ -246,6 +282,14 @@ def amounts_dense(shape: SiteShape) -> Amounts:
     )
 
 
+def amounts_scoring(scored: Scoring) -> Amounts:
+    """Building an index by scoring rows, without attention."""
+    nothing = dict.fromkeys(("tiles", "asked", "flops", "exponents", "streamed", "launches"), 0.0)
+    return Amounts(
+        **nothing, has_index=1.0, scored=scored.flops, scored_rows=scored.rows, has_scores=1.0
+    )
+
+
 def amounts_sparse(
     shape: SiteShape,
     covered: Covered,
@@ -255,6 +299,7 @@ def amounts_sparse(
     ranked: float = 0.0,
     launches: float = 4.0,
     parts: float = 0.0,
+    scored: Scoring | None = None,
 ) -> Amounts:
     """Sparse attention over an index.
 
@@ -262,7 +307,9 @@ def amounts_sparse(
         covered: pairs of all heads and batch entries together.
         ranked: (row block, key block, head) triples that selection ranks.
         parts: bytes of partial results of split rows.
+        scored: work of scoring rows; None is nothing. Other heads' keys are scanned.
     """
+    scored = scored or Scoring()
     area = block_q * block_k
     fixed = _fixed(shape, block_q)
     # Row blocks that run together are neighbours, and a band's keys lie at the same distances from
@@ -277,7 +324,10 @@ def amounts_sparse(
         tested=covered.columns / block_q,
         launches=launches,
         parts=parts,
-        index_keys=shape.batch * shape.heads * shape.num_k,
+        index_keys=shape.batch * (shape.heads - scored.heads) * shape.num_k,
         index_pairs=ranked,
         has_index=1.0,
+        scored=scored.flops,
+        scored_rows=scored.rows,
+        has_scores=1.0 if scored.heads else 0.0,
     )

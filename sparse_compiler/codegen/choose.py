@@ -13,6 +13,7 @@ from sparse_compiler.codegen.attention_work import (
     amounts_sparse,
     cover,
     heads_of,
+    scoring,
 )
 from sparse_compiler.codegen.constants import DENSE, Constants, tile_key
 from sparse_compiler.codegen.cost import Amounts, predict
@@ -21,6 +22,7 @@ from sparse_compiler.codegen.spec import power_of_two
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import SiteShape
 from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import BlockRule
 
 __all__ = [
     "SCHEDULES",
@@ -125,13 +127,18 @@ class Ranking:
 def candidates(
     pattern: HeadPattern | LayerPatterns, heads: int, schedules: Sequence[str] = tuple(SCHEDULES)
 ) -> tuple[Candidate, ...]:
-    """Dense, and every schedule with every tile that it has for these patterns."""
+    """Dense, and every schedule with every tile that it has for these patterns.
+
+    Where rows are scored, the list of a row block is as long for more rows, and so worse for each.
+    """
     found = [Candidate(DENSE)]
     names = {head.name for head, _ in heads_of(pattern, heads)} - {DENSE}
     components = {registry.get(name).component for name in names}
+    scored = any(isinstance(registry.get(name).rule, BlockRule) for name in names)
+    tiles = [tile for tile in TILES if tile[0] == 64 or not scored]
     for schedule in schedules if names else ():
         # One launch serves all heads, so a tile must suit every component.
-        common = [t for t in TILES if all(t in SCHEDULES[schedule][c] for c in components)]
+        common = [t for t in tiles if all(t in SCHEDULES[schedule][c] for c in components)]
         found += [Candidate(schedule, *tile) for tile in common]
     return tuple(found)
 
@@ -243,14 +250,17 @@ def _amounts(
         return amounts_dense(shape), 1.0
     size_q, size_k = candidate.block_q, candidate.block_k
     covered = _covered(shape, pattern, size_q, size_k, clustering).scaled(factor)
-    listing = sum(
-        count
-        for head, count in heads_of(pattern, shape.heads)
-        if registry.get(head.name).summary_keys
-    )
+    listing = sum(count for head, count in heads_of(pattern, shape.heads) if _ranks_blocks(head))
     ranked = shape.batch * listing * (shape.num_q / size_q) * (shape.num_k / size_k)
-    amounts = amounts_sparse(shape, covered, size_q, size_k, ranked=ranked)
+    scored = scoring(pattern, shape, size_k)
+    amounts = amounts_sparse(shape, covered, size_q, size_k, ranked=ranked, scored=scored)
     return amounts, covered.counted / shape.allowed_pairs
+
+
+def _ranks_blocks(head: HeadPattern) -> bool:
+    """Whether it ranks key blocks by their means; what scores rows is counted by ``scoring``."""
+    found = registry.get(head.name)
+    return bool(found.summary_keys) and not isinstance(found.rule, BlockRule)
 
 
 @lru_cache(maxsize=256)

@@ -58,6 +58,9 @@ class Constants:
         select: ms of building any index.
         select_key: ms per 1e6 (key, head) pairs scanned by selection.
         select_pair: ms per 1e9 (row block, key block, head) triples ranked by selection.
+        score: ms per 1e12 floating-point operations of scoring rows one by one.
+        score_row: ms per 1e6 (row, head) pairs so scored, whatever their keys.
+        score_start: ms of a layer with such rows: finding what they are scored against.
     """
 
     device: str
@@ -71,6 +74,9 @@ class Constants:
     select: float
     select_key: float
     select_pair: float
+    score: float
+    score_row: float
+    score_start: float
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ class Amounts:
         index_keys: (key, head) pairs scanned to build the index.
         index_pairs: (row block, key block, head) triples ranked.
         has_index: 1 if there is an index to build, else 0.
+        scored: operations of scoring rows one by one, in those of 16-bit products.
+        scored_rows: (row, head) pairs so scored.
+        has_scores: 1 if there are any, else 0.
     """
 
     tiles: float
@@ -53,6 +56,9 @@ class Amounts:
     index_keys: float = 0.0
     index_pairs: float = 0.0
     has_index: float = 0.0
+    scored: float = 0.0
+    scored_rows: float = 0.0
+    has_scores: float = 0.0
 
 
 def _symbols(names: list[str], prefix: str) -> dict[str, sympy.Symbol]:
@@ -61,7 +67,7 @@ def _symbols(names: list[str], prefix: str) -> dict[str, sympy.Symbol]:
 
 _TILE = _symbols([f.name for f in fields(TileConstants)], "c")
 _DEVICE = _symbols(
-    ["l2", "hbm", "miss", "l2_size", "launch", "select", "select_key", "select_pair"], "c"
+    [f.name for f in fields(Constants) if f.name not in ("device", "origin", "tiles")], "c"
 )
 _AMOUNT = _symbols([f.name for f in fields(Amounts)], "n")
 
@@ -88,6 +94,9 @@ def _terms() -> dict[str, sympy.Expr]:
         "index": n["has_index"] * k["select"]
         + k["select_key"] * n["index_keys"] * mega
         + k["select_pair"] * n["index_pairs"] * giga,
+        "score": n["has_scores"] * k["score_start"]
+        + k["score_row"] * n["scored_rows"] * mega
+        + k["score"] * n["scored"] * tera,
         "combine": 2 * k["hbm"] * n["parts"] * giga,
         "launch": k["launch"] * n["launches"],
     }

@@ -47,8 +47,8 @@ __all__ = ["TritonExecutor"]
 
 #: Below it the break-even of the cost model is not trusted.
 _SHORTEST = 4096
-#: Where scoring every row and attention to what it keeps breaks even with dense attention: measured
-#: on an H200, docs/design/0016-estimators.md.
+#: From where on rows are scored on devices, and under masks, that nobody measured. An H200 breaks
+#: even below that, docs/design/0016-estimators.md.
 _BY_ROWS = 32768
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -89,6 +89,11 @@ def _device_obstacles() -> list[str]:
 @lru_cache(maxsize=16)
 def _constants(device: str) -> Loaded:
     return load_constants(device)
+
+
+def _by_rows(patterns: LayerPatterns) -> bool:
+    """Whether some head scores every row."""
+    return any(isinstance(registry.get(name).rule, BlockRule) for name in patterns.names)
 
 
 @lru_cache(maxsize=256)
@@ -155,13 +160,14 @@ class TritonExecutor(Executor):
         usual = super().tile(shape, patterns)
         if shape is None or not torch.cuda.is_available():
             return usual
-        used = [registry.get(name) for name in patterns.names]
-        if any(isinstance(pattern.rule, BlockRule) for pattern in used):
-            # Scoring every row costs a share of dense attention, which the model does not know.
-            return Tile(usual.block_q, usual.block_k, _BY_ROWS)
-        parts = {pattern.component for pattern in used}
-        if not shape.causal and "band" in parts:
-            return usual  # the model knows columns and distances of causal masks only
+        scored = _by_rows(patterns)
+        if scored:
+            usual = Tile(usual.block_q, usual.block_k, _BY_ROWS)
+        parts = {registry.get(name).component for name in patterns.names}
+        # The model knows columns and distances of causal masks only; and among masks that are not
+        # causal are those that no kernel scores.
+        if not shape.causal and (scored or "band" in parts):
+            return usual
         return _tile(shape, patterns, usual, torch.cuda.get_device_name())
 
     def attend(

@@ -24,7 +24,7 @@ from sparse_compiler.runtime.tune_fit import Fit, Sample, fit_constants
 __all__ = ["FORMAT", "Loaded", "Tuning", "load_constants", "store", "tune", "tuning_path"]
 
 _LOGGER = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 """Of the file; counts up with every change of a constant's meaning."""
 _PACKAGES = ("torch", "triton")
 
@@ -164,6 +164,8 @@ def _implausible(tuning: Tuning, device: str) -> str:
         return f"it is of device {tuning.device!r}, not {device!r}"
     if not all(math.isfinite(v) and v >= 0 for v in numbers):
         return "a constant is negative or not finite"
+    if not any(constants[name] > 0 for name in ("score", "score_row", "score_start")):
+        return "scoring rows costs nothing"
     if DENSE not in tiles or any(not sum(tile.values()) > 0 for tile in tiles.values()):
         return "a tile that costs nothing, or no dense tile"
     return ""

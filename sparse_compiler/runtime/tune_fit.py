@@ -10,10 +10,14 @@ import numpy as np
 from sparse_compiler.codegen.constants import DENSE, Constants, TileConstants
 from sparse_compiler.codegen.cost import Amounts, linear_parts, predict
 
-__all__ = ["Fit", "Sample", "fit_constants", "non_negative_fit"]
+__all__ = ["SCORE", "SELECT", "Fit", "Sample", "fit_constants", "fit_scoring", "non_negative_fit"]
+
+SELECT, SCORE = "select", "score"
+"""In place of a tile: building an index, and building one by scoring rows."""
 
 _TILE = tuple(field.name for field in fields(TileConstants))
 _SELECT = ("select", "select_key", "select_pair")
+_SCORE = ("score_start", "score_row", "score")
 _TRUST = 1e-5
 """Weight of the prior against one sample: it decides only what no sample tells."""
 
@@ -23,7 +27,7 @@ class Sample:
     """One measurement.
 
     Args:
-        tile: a key of ``Constants.tiles``, or ``select`` for building an index.
+        tile: a key of ``Constants.tiles``, or ``SELECT`` or ``SCORE``.
         name: for people.
         amounts: the work, as the model counts it.
         ms: median time.
@@ -82,7 +86,7 @@ def non_negative_fit(
 
 
 def fit_constants(samples: Sequence[Sample], start: Constants) -> Fit:
-    """Fit tiles, cache misses and selection.
+    """Fit tiles, cache misses, selection and scoring of rows.
 
     Args:
         samples: of any tiles; a tile without samples is left out of the result.
@@ -94,10 +98,10 @@ def fit_constants(samples: Sequence[Sample], start: Constants) -> Fit:
     found = _solve(dense, names, _prior(start, DENSE), start) if dense else {}
     constants = replace(start, miss=found.pop("miss", start.miss))
     tiles = {DENSE: TileConstants(**found) if found else start.tiles[DENSE]}
-    for key in dict.fromkeys(s.tile for s in samples if s.tile not in (DENSE, "select")):
+    for key in dict.fromkeys(s.tile for s in samples if s.tile not in (DENSE, SELECT, SCORE)):
         own = [s for s in samples if s.tile == key]
         tiles[key] = TileConstants(**_solve(own, _TILE, _prior(constants, key), constants))
-    select = [s for s in samples if s.tile == "select"]
+    select = [s for s in samples if s.tile == SELECT]
     if select:
         parts = np.array(
             [
@@ -108,7 +112,7 @@ def fit_constants(samples: Sequence[Sample], start: Constants) -> Fit:
         prior = np.array([getattr(start, name) for name in _SELECT])
         fitted = non_negative_fit(parts, np.array([s.ms for s in select]), prior)
         constants = replace(constants, **dict(zip(_SELECT, map(float, fitted), strict=True)))
-    constants = replace(constants, tiles=tiles)
+    constants = fit_scoring(samples, replace(constants, tiles=tiles))
     errors = {
         key: _errors(samples, key, constants) for key in dict.fromkeys(s.tile for s in samples)
     }
@@ -117,6 +121,32 @@ def fit_constants(samples: Sequence[Sample], start: Constants) -> Fit:
         {key: float(np.median(found)) for key, found in errors.items()},
         {key: float(np.max(found)) for key, found in errors.items()},
     )
+
+
+def fit_scoring(samples: Sequence[Sample], start: Constants) -> Constants:
+    """``start`` with the constants of scoring rows, as they are where no sample is of ``SCORE``.
+
+    They are scaled until no sample took longer than they say: a length from which sparse attention
+    pays that is too long costs less than one that is too short.
+
+    Args:
+        start: with the constants of selection, which are taken off; priors for the rest.
+    """
+    scored = [s for s in samples if s.tile == SCORE]
+    if not scored:
+        return start
+    parts = np.array(
+        [
+            [s.amounts.has_scores, s.amounts.scored_rows / 1e6, s.amounts.scored / 1e12]
+            for s in scored
+        ]
+    )
+    measured = np.array([s.ms for s in scored])
+    index = np.array([predict(start, start.tiles[DENSE], s.amounts)["index"] for s in scored])
+    times = np.maximum(measured - index, 0.05 * measured)
+    fitted = non_negative_fit(parts, times, np.array([getattr(start, name) for name in _SCORE]))
+    fitted *= max(1.0, float((times / (parts @ fitted)).max()))
+    return replace(start, **dict(zip(_SCORE, map(float, fitted), strict=True)))
 
 
 def _best_l2(samples: Sequence[Sample], start: Constants) -> float:

@@ -1,7 +1,8 @@
-"""Indices made for measuring: known numbers of whole tiles, single keys and blocks."""
+"""Made for measuring: indices of known numbers of tiles, keys and blocks; keys that stand out."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,10 @@ from sparse_compiler.codegen.attention_work import Covered
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.shape import SiteShape
 
-__all__ = ["BandPlan", "band_index", "block_index"]
+__all__ = ["BandPlan", "band_index", "block_index", "with_few_directions"]
+
+_DIRECTIONS = 16
+_SPREAD = 4.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,23 @@ def block_index(
     )
     pairs = float(size_q * size_k * heads) * float(counts.sum())
     return index, Covered(wanted=pairs, blocks=pairs)
+
+
+def with_few_directions(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Random queries and keys, changed so that each row has keys that stand out.
+
+    Logits of plain random inputs are all alike: no key holds a share of a row's mass, lists stay
+    empty, and choosing among many blocks would cost nothing. With most of the norm in few directions
+    logits spread by 4 (standard deviation), and lists are as long as they may be.
+
+    Args:
+        q, k: [B, H, L, D] of independent normal entries; changed in place.
+    """
+    for tensor in (q, k):
+        directions = min(_DIRECTIONS, tensor.shape[-1])
+        factor = (_SPREAD * math.sqrt(tensor.shape[-1] / directions)) ** 0.5
+        tensor[..., :directions] *= factor
+    return q, k
 
 
 def _slots(heads: int, component: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparse_compiler.codegen.resources import DEVICE_LIMITS, Resources, obstacle
 from sparse_compiler.errors import ExecutorUnavailable
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import BlockRule
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
 
 __all__ = ["generated", "select", "target_of"]
@@ -151,7 +153,10 @@ def select(pattern: str, q: Tensor, k: Tensor) -> Callable[[], Any]:
 
     found = registry.get(pattern)
     band = found.component == "band"
-    first, second = (512, 2048) if band else (100, 0)
+    head = found.default()
+    if not isinstance(found.rule, BlockRule):
+        head = replace(head, first=512, second=2048) if band else replace(head, first=100, second=0)
+    first, second = head.first, head.second
     heads = q.shape[1]
     slots = [[slot, -1] if band else [-1, slot] for slot in range(heads)]
     params = torch.tensor(
@@ -159,7 +164,7 @@ def select(pattern: str, q: Tensor, k: Tensor) -> Callable[[], Any]:
         dtype=torch.int32,
         device=q.device,
     )
-    limits = [first, second, 0] if band else [0, 0, first + 2]
+    limits = [first, second, 0] if band else [0, 0, found.limits(head, 64, 64).blocks]
     operators = torch.ops.sparse_compiler
     numbers = [found.number]
 

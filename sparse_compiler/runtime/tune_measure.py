@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compiler.codegen.attention_work import amounts_dense, amounts_sparse
+from sparse_compiler.codegen.attention_work import (
+    amounts_dense,
+    amounts_scoring,
+    amounts_sparse,
+    scoring,
+)
 from sparse_compiler.codegen.choose import SCHEDULES, TILES
 from sparse_compiler.codegen.constants import DENSE, Constants, tile_key
 from sparse_compiler.codegen.cost import Amounts
@@ -22,8 +27,14 @@ from sparse_compiler.config import cache_directory
 from sparse_compiler.errors import ExecutorUnavailable
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.shape import SiteShape
-from sparse_compiler.runtime.tune_fit import Sample
-from sparse_compiler.runtime.tune_index import BandPlan, band_index, block_index
+from sparse_compiler.patterns import registry
+from sparse_compiler.runtime.tune_fit import SCORE, SELECT, Sample
+from sparse_compiler.runtime.tune_index import (
+    BandPlan,
+    band_index,
+    block_index,
+    with_few_directions,
+)
 
 __all__ = ["Bench", "Sizes"]
 
@@ -31,6 +42,7 @@ _LOGGER = logging.getLogger(__name__)
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionIndex, Geometry], Any]
 Step = tuple[str, Callable[[], list[Sample]]]
 Plan = BandPlan | int
+_SCORED = "low_rank"
 _COMPILERS = 4
 """Threads; more would hold more inputs at a time."""
 
@@ -52,7 +64,7 @@ class Sizes:
     Args:
         heads, kv_heads: of every call.
         short, long: lengths of sparse calls; ``far``: of one that overflows the L2 cache, or 0.
-        dense: lengths of dense calls.  select: of selection.
+        dense: lengths of dense calls.  select: of selection, and of scoring rows.
         unit: scales the number of tiles, keys and blocks listed.
     """
 
@@ -131,6 +143,7 @@ class Bench:
             (name, lambda cases=cases: self._measure(cases)) for name, cases in self._kernels(sizes)
         ]
         steps.append(("selection", lambda: self._select(sizes)))
+        steps.append(("scoring rows", lambda: self._score(sizes)))
         return steps
 
     def _median(self, function: Callable[[], Any]) -> float:
@@ -307,8 +320,26 @@ class Bench:
                 )
                 call = select(pattern, q, k)
                 found.append(
-                    Sample("select", f"{pattern}, {tokens} tokens", amounts, self._median(call))
+                    Sample(SELECT, f"{pattern}, {tokens} tokens", amounts, self._median(call))
                 )
+        return found
+
+    def _score(self, sizes: Sizes) -> list[Sample]:
+        """Selection by the pattern of ``auto``, for all heads of D 128 and a quarter of D 64."""
+        from sparse_compiler.runtime.tune_kernels import select
+
+        found = []
+        few = max(1, sizes.kv_heads // 4)
+        narrow = replace(sizes, heads=few * (sizes.heads // sizes.kv_heads), kv_heads=few)
+        head = registry.get(_SCORED).default()
+        for part, width in ((sizes, 128), (narrow, 64)):
+            for tokens in sizes.select:
+                shape = self._shape(part, tokens, width)
+                q, k, _ = self._inputs(shape)
+                call = select(_SCORED, *with_few_directions(q, k))
+                amounts = amounts_scoring(scoring(head, shape, 64))
+                name = f"{_SCORED}, {tokens} tokens, {shape.heads} heads, D {width}"
+                found.append(Sample(SCORE, name, amounts, self._median(call)))
         return found
 
     def _generated(self) -> dict[str, Attend]:

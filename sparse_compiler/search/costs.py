@@ -15,14 +15,20 @@ from sparse_compiler.codegen.attention_work import (
     amounts_dense,
     amounts_sparse,
     cover,
+    scoring,
 )
-from sparse_compiler.codegen.constants import DENSE, Constants, TileConstants, tile_key
+from sparse_compiler.codegen.constants import (
+    DENSE,
+    Constants,
+    TileConstants,
+    shipped,
+    tile_key,
+)
 from sparse_compiler.codegen.cost import predict
 from sparse_compiler.errors import OptionInvalid
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.ir.shape import SiteShape
 from sparse_compiler.patterns import registry
-from sparse_compiler.patterns.base import BlockRule
 from sparse_compiler.runtime.observe import AttentionCall
 from sparse_compiler.runtime.tune import load_constants
 
@@ -31,9 +37,6 @@ __all__ = ["CostModel", "cost_model", "measure", "shape_of"]
 #: Block sizes for which every device has constants.
 _BLOCKS = (64, 64)
 _ROUNDS = 3
-#: Time of scoring rows over that of as much arithmetic in dense attention: on an H200 it ran at 204
-#: TF/s (16 directions of keys) and 222 TF/s (means of 8), dense attention's products at 917.
-_SCORING = 4.4
 
 
 def shape_of(call: AttentionCall) -> SiteShape:
@@ -96,20 +99,18 @@ class CostModel:
         else:
             # Of blocks nothing is wasted but what the mask hides in them.
             covered = Covered(wanted=pairs, blocks=pairs)
-        ranked = 0.0
-        if registry.summary_group((pattern,), size[1]):
+        ranked, scored = 0.0, scoring(head, shape, size[1])
+        if not scored.heads and registry.summary_group((pattern,), size[1]):
             ranked = shape.batch * shape.heads * (shape.num_q / size[0]) * (shape.num_k / size[1])
-        amounts = amounts_sparse(shape, covered, *size, ranked=ranked)
+        amounts = amounts_sparse(shape, covered, *size, ranked=ranked, scored=scored)
         spent = sum(predict(constants, constants.tiles[key], amounts).values())
-        if isinstance(pattern.rule, BlockRule):
-            flops = pattern.rule.flops(shape.allowed_pairs, shape.head_dim, size[1])
-            spent += _SCORING * constants.tiles[DENSE].matrix * flops * 1e-12
         dense = predict(constants, constants.tiles[DENSE], amounts_dense(shape))
         return spent / sum(dense.values())
 
 
 def _pairs_only(key: str) -> Constants:
     tile = TileConstants(matrix=1.0)
+    some = shipped("").constants
     return Constants(
         device="any",
         origin="pairs worked at",
@@ -122,6 +123,10 @@ def _pairs_only(key: str) -> Constants:
         select=0.0,
         select_key=0.0,
         select_pair=0.0,
+        # Nobody measured scoring there either: as much slower than products as on GPUs.
+        score=some.score / some.tiles[DENSE].matrix,
+        score_row=0.0,
+        score_start=0.0,
     )
 
 

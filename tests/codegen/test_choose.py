@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_compiler.codegen.attention_work import Clustering, cover
+from sparse_compiler.codegen.attention_work import Clustering, cover, scoring
 from sparse_compiler.codegen.choose import (
     SCHEDULES,
     Candidate,
@@ -23,11 +26,16 @@ from sparse_compiler.errors import ShapeMismatch
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import SiteShape
+from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.lowering import lower_band
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200 = shipped("NVIDIA H200").constants
 SLASH = HeadPattern("vertical_slash", 512, 2048)
 BLOCKS = HeadPattern("block_sparse", 100)
+LOW_RANK = registry.get("low_rank").default()
+SCORED = (LOW_RANK, registry.get("key_groups").default(), registry.get("key_means").default())
+NARROW = {"heads": 6, "kv_heads": 2, "head_dim": 64, "value_dim": 64}
 PATTERNS = (SLASH, BLOCKS, HeadPattern("a_shape", 128, 3968))
 
 
@@ -72,6 +80,76 @@ def test_break_even_is_where_the_ranking_turns(pattern: HeadPattern) -> None:
     assert choose_tile(site(tokens * 9 // 10), pattern, H200).best.candidate.schedule == DENSE
 
 
+def measured() -> list[dict[str, Any]]:
+    """On an H200; each row is one shape at one length."""
+    files = ("attention_low_rank_h200.json", "attention_low_rank_retriever_h200.json")
+    return [row for name in files for row in json.loads((RESULTS / name).read_text())["results"]]
+
+
+def site_of(row: dict[str, Any]) -> SiteShape:
+    heads, kv_heads, dim = row["heads"]
+    return SiteShape(1, heads, kv_heads, row["tokens"], row["tokens"], dim, dim)
+
+
+@pytest.mark.parametrize("heads", [[32, 8, 128], [6, 2, 64]])
+def test_scored_rows_break_even_where_they_did(heads: list[int]) -> None:
+    """Between the longest prompt that was slower than dense and the shortest that was faster."""
+    rows = [row for row in measured() if row["heads"] == heads]
+    slower = [row["tokens"] for row in rows if row["ours_ms"] >= row["cudnn_ms"]]
+    faster = [row["tokens"] for row in rows if row["ours_ms"] < row["cudnn_ms"]]
+    tokens = break_even_tokens(site_of(rows[0]), LOW_RANK, H200, block_k=64)
+    assert tokens is not None
+    assert max(slower, default=4096) < tokens < min(faster)
+
+
+@pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['heads']} {row['tokens']}")
+def test_scored_rows_are_never_thought_faster_than_they_were(row: dict[str, Any]) -> None:
+    found = choose_tile(site_of(row), LOW_RANK, H200).of(Candidate("plain", 64, 64))
+    predicted = found.terms["score"] + found.terms["index"]
+    assert row["select_ms"] * 0.995 < predicted < 1.25 * row["select_ms"]
+    attend = found.ms - predicted
+    assert row["attend_ms"] < attend < 2 * row["attend_ms"], "as if every list were full"
+
+
+@pytest.mark.parametrize("name", ["score", "score_row", "score_start"])
+@given(pattern=st.sampled_from(SCORED), narrow=st.booleans())
+def test_dearer_scores_pay_later(name: str, pattern: HeadPattern, narrow: bool) -> None:
+    shape = site(1, **(NARROW if narrow else {}))
+    found = []
+    for factor in (0.25, 1.0, 4.0):
+        constants = replace(H200, **{name: getattr(H200, name) * factor})
+        tokens = break_even_tokens(shape, pattern, constants, block_k=64)
+        found.append(tokens or 2**30)
+    assert found == sorted(found)
+    assert found[0] < found[-1]
+
+
+def test_scoring_is_counted_for_the_heads_that_do_it() -> None:
+    shape = site(4096)
+    alone, none = scoring(LOW_RANK, shape, 64), scoring(SLASH, shape, 64)
+    assert (alone.heads, alone.rows, none.heads, none.flops) == (32, 32 * 4096, 0, 0)
+    assert alone.flops == 2 * 16 * shape.allowed_pairs
+    mixed = scoring(LayerPatterns((SLASH,) * 24 + (LOW_RANK,) * 8, "test"), shape, 64)
+    assert (mixed.heads, mixed.flops) == (8, alone.flops / 4)
+    assert scoring(LOW_RANK, replace(shape, dtype="float32"), 64).flops == 6 * alone.flops
+    amounts = choose_tile(shape, LOW_RANK, H200).of(Candidate("plain", 64, 64)).amounts
+    assert amounts is not None
+    assert (amounts.index_keys, amounts.index_pairs) == (0, 0), "nothing but scores is looked at"
+
+
+@pytest.mark.parametrize("pattern", SCORED)
+def test_lists_of_scored_rows_are_as_long_as_their_pattern_says(pattern: HeadPattern) -> None:
+    for tokens in (1024, 32768, 131072):
+        shape = site(tokens)
+        density = cover(pattern, shape, 64, 64, Clustering()).counted * 32 / shape.allowed_pairs
+        assert density == pytest.approx(registry.get(pattern.name).density(pattern, tokens, 64))
+    both = site(32768, causal=False)
+    half = cover(pattern, both, 64, 64, Clustering()).counted * 32 / both.allowed_pairs
+    assert half == pytest.approx(
+        registry.get(pattern.name).density(pattern, 32768, 64) / 2, rel=0.01
+    )
+
+
 def test_break_even_of_a_slow_kernel_does_not_exist() -> None:
     slow = {
         key: tile if key == DENSE else replace(tile, matrix=1e3) for key, tile in H200.tiles.items()
@@ -87,6 +165,7 @@ def test_a_schedule_offers_the_tiles_that_it_has_for_every_head() -> None:
         mixed = LayerPatterns((SLASH, BLOCKS), "test")
         both = {(c.block_q, c.block_k) for c in candidates(mixed, 2) if c.schedule == schedule}
         assert both == set(kinds["band"]) & set(kinds["blocks"])
+    assert {c.block_q for c in candidates(LOW_RANK, 32)} == {0, 64}, "lists are no longer for more"
     assert candidates(HeadPattern("dense"), 32) == (Candidate(DENSE),)
 
 

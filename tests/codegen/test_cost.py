@@ -28,6 +28,9 @@ DEVICE = Constants(
     select=0.4,
     select_key=0.2,
     select_pair=2.0,
+    score=4.0,
+    score_row=3.0,
+    score_start=0.5,
 )
 WORK = Amounts(
     tiles=2e6,
@@ -42,6 +45,9 @@ WORK = Amounts(
     index_keys=1e6,
     index_pairs=1e6,
     has_index=1,
+    scored=2e12,
+    scored_rows=1e6,
+    has_scores=1,
 )
 
 
@@ -96,6 +102,7 @@ def test_terms_are_what_they_say() -> None:
     assert terms["hbm"] == pytest.approx(0.05 * 2e6 * 32768 / 1e9 * 0.75)
     assert terms["programs"] == pytest.approx(0.8)
     assert terms["index"] == pytest.approx(0.4 + 0.2 + 0.002)
+    assert terms["score"] == pytest.approx(0.5 + 3.0 + 2 * 4.0)
     assert terms["launch"] == pytest.approx(0.004)
     assert terms["l2"] == terms["combine"] == 0
     assert set(terms) == set(TERMS)
@@ -122,7 +129,7 @@ def test_the_parts_of_the_fit_add_up_to_the_prediction(data: st.DataObject) -> N
     numbers = st.floats(0, 1e6)
     amounts = Amounts(**{f.name: data.draw(numbers) for f in fields(Amounts)})
     amounts = replace(amounts, asked=min(amounts.asked, amounts.tiles), has_index=0, parts=0)
-    amounts = replace(amounts, index_keys=0, index_pairs=0)
+    amounts = replace(amounts, index_keys=0, index_pairs=0, scored=0, scored_rows=0, has_scores=0)
     tile = TileConstants(**{f.name: data.draw(st.floats(0, 10)) for f in fields(TileConstants)})
     parts = linear_parts(amounts, DEVICE.l2_size)
     total = sum(parts[f.name] * getattr(tile, f.name) for f in fields(TileConstants))
@@ -146,3 +153,4 @@ def test_every_device_has_shipped_constants_with_a_dense_tile(name: str) -> None
     entry = shipped(name)
     assert entry.constants.tiles[DENSE].matrix > 0
     assert entry.measured or "estimat" in entry.constants.origin
+    assert min(entry.constants.score, entry.constants.score_row, entry.constants.score_start) > 0

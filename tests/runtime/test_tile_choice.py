@@ -20,7 +20,9 @@ from sparse_compiler.runtime.tune import load_constants
 
 SHAPE = SiteShape(1, 32, 8, 65536, 65536, 128, 128)
 SLASH = LayerPatterns((HeadPattern("vertical_slash", 1000, 1000),) * 32, "test")
+SCORED_FEW = LayerPatterns((TritonExecutor.auto,) * 6, "test")
 BLOCKS = LayerPatterns((HeadPattern("block_sparse", 100),) * 32, "test")
+SCORED = LayerPatterns((TritonExecutor.auto,) * 32, "test")
 MIXED = LayerPatterns((*SLASH.heads[:16], *BLOCKS.heads[:16]), "test")
 USUAL = Tile(64, 64, TritonExecutor.min_tokens)
 
@@ -65,6 +67,31 @@ def test_blocks_alone_get_rows_of_the_hopper_kernel(on_device: pytest.MonkeyPatc
 def test_estimates_change_nothing(on_device: pytest.MonkeyPatch, device: str) -> None:
     assert _tile(on_device, device, SLASH) == USUAL
     assert _tile(on_device, device, BLOCKS) == USUAL
+
+
+def test_scored_rows_get_the_break_even_of_device_and_shape(
+    on_device: pytest.MonkeyPatch,
+) -> None:
+    tile = _tile(on_device, "NVIDIA H200", SCORED)
+    assert (tile.block_q, tile.block_k) == (64, 64), "the best of more rows would keep more"
+    assert 4096 < tile.min_tokens < 32768
+    few = replace(SHAPE, heads=6, kv_heads=2, head_dim=64, value_dim=64)
+    assert tile.min_tokens < TritonExecutor().tile(few, SCORED_FEW).min_tokens < 32768
+
+
+def test_scored_rows_that_nobody_measured_pay_later(on_device: pytest.MonkeyPatch) -> None:
+    cautious = Tile(64, 64, 32768)
+    assert _tile(on_device, "NVIDIA A100-SXM4-80GB", SCORED) == cautious
+    on_device.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    executor = TritonExecutor()
+    assert executor.tile(replace(SHAPE, causal=False), SCORED) == cautious, "may not be a kernel's"
+    assert executor.tile(SHAPE, replace(SCORED, budget=0.1)) == cautious
+
+
+def test_scored_rows_beside_a_band_are_paid_for(on_device: pytest.MonkeyPatch) -> None:
+    beside = LayerPatterns((*SLASH.heads[:16], *SCORED.heads[:16]), "test")
+    slash, mixed = (_tile(on_device, "NVIDIA H200", p).min_tokens for p in (SLASH, beside))
+    assert slash < mixed < 32768
 
 
 def test_nothing_known_of_the_sizes_changes_nothing(on_device: pytest.MonkeyPatch) -> None:

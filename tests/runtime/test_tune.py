@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparse_compiler.codegen.attention_work import amounts_scoring, scoring
 from sparse_compiler.codegen.choose import SCHEDULES
 from sparse_compiler.codegen.constants import (
     DENSE,
@@ -24,13 +25,20 @@ from sparse_compiler.codegen.constants import (
 from sparse_compiler.codegen.cost import Amounts, predict
 from sparse_compiler.codegen.resources import Resources
 from sparse_compiler.errors import ExecutorUnavailable
-from sparse_compiler.ir.index import Geometry
+from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.shape import SiteShape
+from sparse_compiler.patterns import registry
 from sparse_compiler.runtime import tune as tuning_module
 from sparse_compiler.runtime.reference import covered_pairs
 from sparse_compiler.runtime.tune import FORMAT, Tuning, load_constants, store, tuning_path
-from sparse_compiler.runtime.tune_fit import Sample, fit_constants, non_negative_fit
-from sparse_compiler.runtime.tune_index import BandPlan, band_index, block_index
+from sparse_compiler.runtime.tune_fit import Sample, fit_constants, fit_scoring, non_negative_fit
+from sparse_compiler.runtime.tune_index import (
+    BandPlan,
+    band_index,
+    block_index,
+    with_few_directions,
+)
+from sparse_compiler.runtime.tune_kernels import select
 from sparse_compiler.runtime.tune_measure import Bench, Sizes
 
 NAME = "NVIDIA H200"
@@ -43,6 +51,9 @@ TRUE = replace(
     select=0.33,
     select_key=0.07,
     select_pair=1.2,
+    score=2.0,
+    score_row=1.5,
+    score_start=0.9,
     tiles={
         DENSE: TileConstants(matrix=1.1, exponent=0.35, program=0.01),
         "plain:64x64": TileConstants(matrix=1.6, exponent=0.2, gather=0.05, test=0.1, program=0.03),
@@ -75,6 +86,11 @@ def measured(noise: float = 0.0) -> list[Sample]:
         nothing = dict.fromkeys(("tiles", "asked", "flops", "exponents", "streamed"), 0.0)
         amounts = Amounts(**nothing, launches=0, index_keys=keys, index_pairs=triples, has_index=1)
         samples.append(Sample("select", f"{keys} {triples}", amounts, 1.0))
+    head = registry.get("low_rank").default()
+    for tokens, heads, width in ((8192, 32, 128), (131072, 32, 128), (32768, 8, 64)):
+        shape = SiteShape(1, heads, heads, tokens, tokens, width, width)
+        amounts = amounts_scoring(scoring(head, shape, 64))
+        samples.append(Sample("score", f"{tokens} {heads} {width}", amounts, 1.0))
     generator = np.random.default_rng(0)
     found = []
     for sample in samples:
@@ -86,7 +102,8 @@ def measured(noise: float = 0.0) -> list[Sample]:
 
 def test_the_fit_recovers_constants_from_exact_times() -> None:
     fit = fit_constants(measured(), replace(START, l2=0.0, hbm=0.0))
-    for name in ("miss", "select", "select_key", "select_pair"):
+    scores = ("score", "score_row", "score_start")
+    for name in ("miss", "select", "select_key", "select_pair", *scores):
         assert getattr(fit.constants, name) == pytest.approx(getattr(TRUE, name), rel=0.1), name
     plain, true = fit.constants.tiles["plain:64x64"], TRUE.tiles["plain:64x64"]
     for name in ("matrix", "exponent", "gather", "test", "program"):
@@ -98,6 +115,30 @@ def test_noise_moves_predictions_little() -> None:
     fit = fit_constants(measured(noise=0.03), replace(START, l2=0.0, hbm=0.0))
     assert max(fit.errors.values()) < 0.05
     assert all(v >= 0 for tile in fit.constants.tiles.values() for v in vars(tile).values())
+
+
+def test_scoring_took_no_longer_than_the_fit_says() -> None:
+    samples = [s for s in measured(noise=0.2) if s.tile in ("score", "select")]
+    constants = fit_constants(samples, START).constants
+    ratios = [
+        sum(predict(constants, constants.tiles[DENSE], s.amounts).values()) / s.ms
+        for s in samples
+        if s.tile == "score"
+    ]
+    assert min(ratios) > 0.9999
+    assert fit_scoring([s for s in samples if s.tile == "select"], START) is START
+
+
+def test_few_directions_fill_the_lists_of_scored_rows() -> None:
+    """Or choosing among blocks would be measured where there is no choice."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 4096, 64, generator=generator) for _ in range(2))
+    plain = AttentionIndex(*select("low_rank", q, k)()).num_blocks.sum()
+    index = AttentionIndex(*select("low_rank", *with_few_directions(q, k))())
+    full = index.blocks.shape[-1]
+    counts = index.num_blocks[0, :, full:]
+    assert (counts == full).float().mean() > 0.9
+    assert int(plain) < int(index.num_blocks.sum()) / 2
 
 
 def test_bandwidth_floors_contradict_no_measurement() -> None:
@@ -159,7 +200,8 @@ def test_without_a_file_the_shipped_constants_serve_and_say_so(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "fields", [{"format": FORMAT + 1}, {"versions": {"torch": "1", "triton": "1"}}]
+    "fields",
+    [{"format": FORMAT + 1}, {"format": FORMAT - 1}, {"versions": {"torch": "1", "triton": "1"}}],
 )
 def test_other_versions_are_ignored_quietly(
     fields: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -180,6 +222,10 @@ def broken(kind: str) -> bytes:
         plain["constants"]["tiles"][DENSE]["matrix"] = -1.0
     if kind == "free":
         plain["constants"]["tiles"]["plain:64x64"] = {"matrix": 0.0}
+    if kind == "free scores":
+        plain["constants"] |= {"score": 0.0, "score_row": 0.0, "score_start": 0.0}
+    if kind == "no scores":
+        del plain["constants"]["score"]
     if kind == "no dense":
         del plain["constants"]["tiles"][DENSE]
     if kind == "text":
@@ -189,7 +235,17 @@ def broken(kind: str) -> bytes:
     return b"\xff\xfe" if kind == "bytes" else msgspec.json.encode(plain)
 
 
-KINDS = ["cut", "negative", "free", "no dense", "text", "device", "bytes"]
+KINDS = [
+    "cut",
+    "negative",
+    "free",
+    "free scores",
+    "no scores",
+    "no dense",
+    "text",
+    "device",
+    "bytes",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,6 +304,7 @@ def test_every_step_measures_what_it_names() -> None:
     assert {s.tile for s in samples} == {
         DENSE,
         "select",
+        "score",
         *(
             tile_key(s, *tile)
             for s, kinds in SCHEDULES.items()
@@ -259,7 +316,10 @@ def test_every_step_measures_what_it_names() -> None:
     assert all(s.ms > 0 for s in samples)
     assert len({(s.tile, s.name) for s in samples}) == len(samples)
     fit = fit_constants(samples, bench.bandwidths(START))
-    assert set(fit.constants.tiles) == {s.tile for s in samples} - {"select"}
+    assert set(fit.constants.tiles) == {s.tile for s in samples} - {"select", "score"}
+    scored = [s for s in samples if s.tile == "score"]
+    assert {s.name.rpartition(" ")[2] for s in scored} == {"64", "128"}
+    assert all(s.amounts.scored_rows and not s.amounts.index_keys for s in scored)
 
 
 def test_a_kernel_that_does_not_fit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
