@@ -57,6 +57,9 @@ def search_command(
     constants: Annotated[
         str, typer.Option(help="Device whose constants predict the cost, e.g. 'NVIDIA H200'.")
     ] = "",
+    for_tokens: Annotated[
+        int, typer.Option(min=0, help="Length to come: scales numbers and costs; 0: the prompt's.")
+    ] = 0,
 ) -> None:
     """Try patterns on every head, grown until they cost the same, and keep the best of each."""
     from sparse_compiler.search import search
@@ -92,6 +95,7 @@ def search_command(
                 layers=wanted,
                 executor=executor,
                 device=constants or None,
+                for_tokens=for_tokens,
                 output=output,
                 resume=resume,
                 maps=report is not None,

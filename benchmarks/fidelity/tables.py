@@ -13,12 +13,20 @@ from benchmarks.fidelity.results import DENSE, Cell, Results, Tally
 __all__ = ["kept_text", "print_results", "short_layer"]
 
 
+_MANY = 500
+"""Answers from which a third digit says something."""
+
+
 def kept_text(tally: Tally) -> str:
-    """``62/64 .97 (.89-.99)``: of dense's right answers those kept, their share, its 95 % interval."""
+    """``62/64 .97 (.89-.99)``: of dense's right answers those kept, their share, its 95 % interval.
+
+    Three digits where there are many answers.
+    """
     if tally.kept is None:
         return "dense: 0 right"
-    low, high = (_share(end) for end in tally.kept95)
-    return f"{tally.both}/{tally.dense_right} {_share(tally.kept)} ({low}-{high})"
+    digits = 3 if tally.dense_right >= _MANY else 2
+    share, low, high = (_share(value, digits) for value in (tally.kept, *tally.kept95))
+    return f"{tally.both}/{tally.dense_right} {share} ({low}-{high})"
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -47,13 +55,13 @@ def print_results(results: Results, console: Console) -> None:
         console.print(f"Stopped {results.stopped}.", style="yellow")
 
 
-def _share(value: float) -> str:
-    """Two digits, without rounding anything below 1 up to 1 or above 0 down to 0."""
-    text = f"{value:.2f}"
-    if text == "1.00" and value < 1:
-        return ">.99"
-    if text == "0.00" and value > 0:
-        return "<.01"
+def _share(value: float, digits: int) -> str:
+    """Without rounding anything below 1 up to 1 or above 0 down to 0."""
+    text = f"{value:.{digits}f}"
+    if float(text) == 1 and value < 1:
+        return ">." + "9" * digits
+    if float(text) == 0 and value > 0:
+        return f"<.{1:0{digits}d}"
     return text if value == 1 else text.removeprefix("0")
 
 

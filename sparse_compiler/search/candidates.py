@@ -10,6 +10,7 @@ from sparse_compiler.config import MAX_NUMBER
 from sparse_compiler.errors import OptionInvalid
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.row_scores import MILLION, RowScored
 
 __all__ = ["GRAMMAR", "Candidate", "default_candidates", "parse_candidates"]
 
@@ -17,7 +18,7 @@ GRAMMAR = "name, name(first) or name(first, second); a number, or * for one that
 _TEXT = re.compile(r"(?P<name>\w+)(?:\(\s*(?P<numbers>[^()]*?)\s*\))?")
 _NUMBER = re.compile(r"(?P<number>\d*)(?P<grows>\*?)")
 
-#: Steps from nothing to everything along ``Pattern.from_budget``.
+#: Steps from nothing to everything along ``Pattern.from_budget``, or down a threshold.
 _BUDGET_STEPS = 4096
 
 _KNOWN: dict[str, tuple[str, ...]] = {
@@ -31,12 +32,16 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     ),
     "block_sparse": ("block_sparse(*)",),
 }
-"""Splits of columns and distances and the like; every other pattern follows its ``from_budget``."""
+"""Splits of columns and distances and the like; of every other pattern its bare name."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A line through the numbers of one pattern: number = fixed, or grows x step.
+
+    A first number that is a threshold on shares of mass falls in place of growing, from 1 to a
+    millionth, by equal ratios: more is kept step by step all the same, and unlike a number of
+    blocks it means the same at every length.
 
     Args:
         pattern: a registered name.
@@ -54,7 +59,7 @@ class Candidate:
 
     def steps(self, num_keys: int) -> int:
         """How far it can grow for a prompt of that many tokens."""
-        if self.numbers is None:
+        if self.numbers is None or self._falls:
             return _BUDGET_STEPS
         return 1 if self.fixed else max(1, num_keys)
 
@@ -63,8 +68,54 @@ class Candidate:
         if self.numbers is None:
             found = registry.get(self.pattern)
             return found.from_budget(step / _BUDGET_STEPS, num_keys, block_q, causal)
+        if self._falls:
+            share = step / _BUDGET_STEPS
+            return HeadPattern(self.pattern, round(MILLION ** (1 - share)), self.numbers[1][0])
         first, second = (min(n + g * step, max(n, num_keys)) for n, g in self.numbers)
         return HeadPattern(self.pattern, first, second)
+
+    def carried(
+        self,
+        heads: Sequence[HeadPattern | None],
+        num_keys: int,
+        tokens: int,
+        block_q: int,
+        causal: bool,
+    ) -> list[HeadPattern | None]:
+        """What it found at ``num_keys`` tokens, as numbers for ``tokens`` that keep the same shares.
+
+        Fixed numbers and thresholds stay.
+        """
+        if self.numbers is None:
+            steps = {
+                self.at(step, num_keys, block_q, causal): step
+                for step in range(_BUDGET_STEPS, 0, -1)
+            }
+            return [h and self.at(steps[h], tokens, block_q, causal) for h in heads]
+        return [h and self._scaled(h, num_keys, tokens) for h in heads]
+
+    def priced(
+        self, step: int, num_keys: int, tokens: int, block_q: int, causal: bool
+    ) -> HeadPattern:
+        """What ``carried`` makes of ``at(step, num_keys)``."""
+        if self.numbers is None:
+            return self.at(step, tokens, block_q, causal)
+        return self._scaled(self.at(step, num_keys, block_q, causal), num_keys, tokens)
+
+    def _scaled(self, head: HeadPattern, num_keys: int, tokens: int) -> HeadPattern:
+        assert self.numbers is not None
+        if self._falls:
+            return head
+        first, second = (
+            round(number * tokens / num_keys) if grows else number
+            for number, (_, grows) in zip((head.first, head.second), self.numbers, strict=True)
+        )
+        return HeadPattern(self.pattern, first, second)
+
+    @property
+    def _falls(self) -> bool:
+        """What grows is a threshold."""
+        return self.numbers is not None and self.numbers[0][1] > 0 and _by_threshold(self.pattern)
 
     def __str__(self) -> str:
         if self.numbers is None:
@@ -102,13 +153,29 @@ def _parse(text: str) -> Candidate:
     if match["name"] not in names:
         raise OptionInvalid("a candidate's pattern", f"one of {', '.join(names)}", match["name"])
     if match["numbers"] is None:
-        return Candidate(match["name"])
+        # Blocks that are counted at one length are too few at the next.
+        falling = ((0, 1), (0, 0))
+        return Candidate(match["name"], falling if _by_threshold(match["name"]) else None)
     numbers = [_number(part.strip(), text) for part in match["numbers"].split(",")]
     if len(numbers) > 2:
         raise OptionInvalid("a candidate", GRAMMAR, text)
     if len(numbers) == 1:
         numbers.append((registry.get(match["name"]).default().second, 0))
+    if _by_threshold(match["name"]) and (numbers[0][1] > 1 or (numbers[0][1] and numbers[1][1])):
+        raise OptionInvalid(
+            f"a candidate of {match['name']}, whose first number is a threshold,",
+            f"{match['name']}, {match['name']}(*,second) or {match['name']}(first,*)",
+            text,
+        )
     return Candidate(match["name"], (numbers[0], numbers[1]))
+
+
+def _by_threshold(name: str) -> bool:
+    """The first number is what a block must hold of a row's mass: the smaller, the more is kept."""
+    pattern = registry.get(name)
+    # Where it is a share to be kept of all mass, recall can be asked for.
+    from_recall = getattr(pattern, "from_recall", lambda recall: None)
+    return isinstance(pattern, RowScored) and from_recall(0.5) is None
 
 
 def _number(part: str, text: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_compiler.errors import OptionInvalid, TensorInvalid
 from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.ir.shape import SiteShape
 from sparse_compiler.runtime.observe import AttentionCall
 from sparse_compiler.search.candidates import Candidate
 from sparse_compiler.search.costs import CostModel, shape_of
@@ -44,6 +45,7 @@ class Plan:
         layers: numbers of those to search; None is all.
         samples: prompts.
         maps: keep pictures of the last sample.
+        for_tokens: length for which numbers are wanted and costs predicted; 0 is the sample's.
     """
 
     candidates: tuple[Candidate, ...]
@@ -54,9 +56,15 @@ class Plan:
     layers: frozenset[int] | None
     samples: int
     maps: bool
+    for_tokens: int = 0
 
     def wants(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
+
+    def shape(self, call: AttentionCall) -> SiteShape:
+        """The sizes for which costs are predicted."""
+        found, tokens = shape_of(call), self.for_tokens
+        return replace(found, num_q=tokens, num_k=tokens) if tokens else found
 
 
 def try_layer(
@@ -76,7 +84,7 @@ def try_layer(
     if not record.grown:
         _grow(call, record, plan, where)
     size = plan.cost.blocking(call)
-    shape, count = shape_of(call), len(plan.candidates)
+    shape, count = plan.shape(call), len(plan.candidates)
     errors, costs, densities = ([[] for _ in range(count)] for _ in range(3))
     for heads, group in head_groups(call):
         for c in range(count):
@@ -84,9 +92,10 @@ def try_layer(
             found = _try(group, grown, size, with_error=not plan.by_logits)
             errors[c] += found[0]
             densities[c] += found[1]
+            there = [_pattern(plan, record, c, head, carried=True) for head in heads]
             costs[c] += [
                 math.inf if p is None or plan.clock else plan.cost.share(shape, p, d, size)
-                for p, d in zip(grown, found[1], strict=True)
+                for p, d in zip(there, found[1], strict=True)
             ]
     if plan.clock:
         costs = [_measured(call, record, plan, c, size) for c in range(count)]
@@ -108,13 +117,17 @@ def _measured(
     return [share] * record.heads
 
 
-def _pattern(plan: Plan, record: LayerRecord, candidate: int, head: int) -> HeadPattern | None:
-    numbers = record.grown[candidate][head]
+def _pattern(
+    plan: Plan, record: LayerRecord, candidate: int, head: int, *, carried: bool = False
+) -> HeadPattern | None:
+    """``carried``: with the numbers for the length that was asked for, not for the sample's."""
+    table = record.carried if carried and record.carried else record.grown
+    numbers = table[candidate][head]
     return None if numbers is None else HeadPattern(plan.candidates[candidate].pattern, *numbers)
 
 
 def _grow(call: AttentionCall, record: LayerRecord, plan: Plan, where: str) -> None:
-    shape, size = shape_of(call), plan.cost.blocking(call)
+    shape, size = plan.shape(call), plan.cost.blocking(call)
     found = []
     for candidate in plan.candidates:
         reason = obstacle(call, candidate)
@@ -128,26 +141,43 @@ def _grow(call: AttentionCall, record: LayerRecord, plan: Plan, where: str) -> N
                 for _, group in head_groups(call)
             ]
             heads = tuple(head for part in parts for head in part.heads)
-            least = min(part.least for part in parts)
-            found.append(Grown(heads, least, parts[0].reason))
-    for head in range(call.q.shape[1]):
-        if all(grown.heads[head] is None for grown in found):
-            least = min(grown.least for grown in found)
-            reasons = "; ".join(dict.fromkeys(grown.reason for grown in found if grown.reason))
-            cheapest = f"at least {least:.3f}, what the smallest pattern costs at"
-            raise OptionInvalid(
-                "option 'budget'",
-                f"{cheapest} {call.k.shape[2]} tokens" if least < math.inf else "for usable ones",
-                plan.budget,
-                where=f"{where}, head {head}",
-                fix=reasons or "Longer prompts cost less against dense attention.",
-            )
+            unknown = (math.inf,) * len(parts[0].heads)
+            smallest = tuple(share for part in parts for share in part.smallest or unknown)
+            found.append(Grown(heads, smallest, parts[0].reason))
+    _check_served(found, plan, where, shape.num_k)
     record.grown = [
         [None if head is None else (head.first, head.second) for head in grown.heads]
         for grown in found
     ]
+    if plan.for_tokens:
+        place = (call.k.shape[2], plan.for_tokens, size[0], call.banded)
+        record.carried = [
+            [h and (h.first, h.second) for h in candidate.carried(grown.heads, *place)]
+            for candidate, grown in zip(plan.candidates, found, strict=True)
+        ]
     record.least = [grown.least for grown in found]
     record.reasons = [grown.reason for grown in found]
+
+
+def _check_served(found: Sequence[Grown], plan: Plan, where: str, tokens: int) -> None:
+    """Refuse a budget that leaves a head without a candidate; says what the whole layer takes."""
+    heads = range(len(found[0].heads))
+    missing = [head for head in heads if all(grown.heads[head] is None for grown in found)]
+    if not missing:
+        return
+    known = [grown.smallest for grown in found if grown.smallest]
+    needed = max(min((costs[head] for costs in known), default=math.inf) for head in missing)
+    reasons = "; ".join(dict.fromkeys(grown.reason for grown in found if grown.reason))
+    cheapest = f"at least {math.ceil(needed * 1000) / 1000:.3f}" if needed < math.inf else ""
+    raise OptionInvalid(
+        "option 'budget'",
+        f"{cheapest}, what the smallest patterns cost at {tokens} tokens"
+        if cheapest
+        else "for usable ones",
+        plan.budget,
+        where=f"{where}, head {missing[0]}",
+        fix=reasons or "Longer prompts cost less against dense attention.",
+    )
 
 
 def _try(

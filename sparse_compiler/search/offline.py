@@ -56,6 +56,7 @@ def search(
     layers: Sequence[int] | None = None,
     executor: str = "auto",
     device: str | None = None,
+    for_tokens: int = 0,
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     maps: bool = False,
@@ -76,6 +77,8 @@ def search(
         layers: numbers of those to search; None is all. The others stay empty in the result.
         executor: as the backend's option.
         device: name whose constants predict the cost; None is this device. See ``cost_model``.
+        for_tokens: length of the prompts to come: counts of keys and blocks are multiplied to keep
+            the same share there, and costs predicted there; 0 is the longest prompt's.
         output: write the configuration here, and keep beside it what is finished.
         resume: go on from what is kept there.
         maps: keep pictures for a report.
@@ -84,7 +87,7 @@ def search(
         OptionInvalid: an option is wrong, no attention is rewritten, the budget is below what the
             smallest patterns cost, or the kept state is of other inputs.
     """
-    _check(model, prompts, budget, cost, error, layers)
+    _check(model, prompts, budget, cost, error, layers, for_tokens)
     calls = [_arguments(model, prompt, error) for prompt in prompts]
     # The longest first: patterns are grown on it.
     calls.sort(key=lambda call: -_length(call))
@@ -101,6 +104,7 @@ def search(
         layers=None if layers is None else frozenset(layers),
         samples=len(calls),
         maps=maps,
+        for_tokens=for_tokens,
     )
     state = SearchState()
     path = None if output is None else state_path(output)
@@ -127,6 +131,7 @@ def _check(
     cost: str,
     error: str,
     layers: Sequence[int] | None,
+    for_tokens: int,
 ) -> None:
     number = isinstance(budget, int | float) and not isinstance(budget, bool)
     if not (number and 0 < budget < 1):
@@ -143,6 +148,13 @@ def _check(
         )
     if layers is not None and (not layers or any(not 0 <= n < _LAYERS for n in layers)):
         raise OptionInvalid("option 'layers'", f"numbers from 0 to {_LAYERS - 1}", list(layers))
+    whole = isinstance(for_tokens, int) and not isinstance(for_tokens, bool)
+    if not (whole and 0 <= for_tokens <= MAX_NUMBER):
+        raise OptionInvalid("option 'for_tokens'", f"from 0 to {MAX_NUMBER}", for_tokens)
+    if for_tokens and cost == "measured":
+        raise OptionInvalid(
+            "option 'for_tokens'", "left out where costs are measured on the samples", for_tokens
+        )
     if model.training:
         raise OptionInvalid("the model", "in evaluation mode", "one in training mode: call .eval()")
 
@@ -197,6 +209,7 @@ def _inputs(
         "layers": layers,
         "executor": executor,
         "maps": plan.maps,
+        "for_tokens": plan.for_tokens,
     }
     return {
         "model": digest_of_model(model),

@@ -28,8 +28,8 @@ class HeadChoice:
         pattern: with the numbers that reach the budget.
         candidate: the text of the candidate that it grew from.
         error: relative L2 error against dense, of the attention output or of the logits.
-        cost: share of dense attention's time on the longest sample, for a layer whose heads all are
-            like this one.
+        cost: share of dense attention's time at the length of the longest sample, or at the one asked
+            for, for a layer whose heads all are like this one.
         density: computed over allowed pairs, on the longest sample.
         errors: of every candidate that could be used, by its text.
         maps: (attention, kept) where they were asked for; see ``maps``.
@@ -109,6 +109,10 @@ def result_of(state: SearchState, plan: Plan, tokens: Sequence[int], executor: s
             continue
         layers.append({head: _choice(record, plan, head) for head in range(record.heads)})
     notes = [plan.cost.note if not plan.clock else f"cost measured with executor {executor}"]
+    if plan.for_tokens:
+        notes.append(
+            f"numbers and costs are for {plan.for_tokens} tokens, with the densities of the samples"
+        )
     notes += _uncharged(plan)
     if empty:
         notes.append(
@@ -143,7 +147,7 @@ def _uncharged(plan: Plan) -> list[str]:
 
 def _choice(record: LayerRecord, plan: Plan, head: int) -> HeadChoice:
     best = best_candidate(record, head)
-    numbers = record.grown[best][head]
+    numbers = (record.carried or record.grown)[best][head]
     assert numbers is not None
 
     def mean(samples: list[list[list[float]]], candidate: int) -> float:

@@ -29,6 +29,7 @@ class LayerRecord(msgspec.Struct):
     Args:
         heads: query heads.
         grown: numbers of each candidate for each head, None where it cannot be used.
+        carried: the same for the length that was asked for; empty where that is the sample's.
         least: cost of each candidate's smallest numbers.
         reasons: why a candidate cannot be used at all, "" where it can.
         errors, costs, densities: of each sample that is done.
@@ -37,6 +38,7 @@ class LayerRecord(msgspec.Struct):
 
     heads: int = 0
     grown: list[list[Numbers | None]] = []
+    carried: list[list[Numbers | None]] = []
     least: list[float] = []
     reasons: list[str] = []
     errors: list[list[list[float]]] = []

@@ -155,13 +155,18 @@ class Grown:
 
     Args:
         heads: the numbers; None where the smallest cost too much, or the pattern cannot be used.
-        least: cost of the smallest numbers, the lowest over the heads; infinite if unknown.
+        smallest: what the smallest numbers cost each head; empty if unknown.
         reason: why a pattern cannot be used; "" otherwise.
     """
 
     heads: tuple[HeadPattern | None, ...]
-    least: float = math.inf
+    smallest: tuple[float, ...] = ()
     reason: str = ""
+
+    @property
+    def least(self) -> float:
+        """The lowest cost of the smallest numbers; infinite if unknown."""
+        return min(self.smallest, default=math.inf)
 
 
 def _nothing(count: int, reason: str) -> Grown:
@@ -182,7 +187,7 @@ def grow_by_model(
 
     Args:
         call: one group of heads of the layer.
-        shape: of the whole layer.
+        shape: of the whole layer, at the length for which numbers are wanted.
     """
     num_heads, num_keys = call.q.shape[1], call.k.shape[2]
     size = cost.blocking(call)
@@ -194,7 +199,9 @@ def grow_by_model(
         heads = [numbers(step) for step in steps]
         trial = Trial(call, heads, size)
         densities = trial.densities(trial.select())
-        return [cost.share(shape, h, d, size) for h, d in zip(heads, densities, strict=True)]
+        place = (num_keys, shape.num_k, size[0], call.banded)
+        there = [candidate.priced(step, *place) for step in steps]
+        return [cost.share(shape, h, d, size) for h, d in zip(there, densities, strict=True)]
 
     try:
         first = shares([1] * num_heads)
@@ -204,7 +211,7 @@ def grow_by_model(
     except PatternInvalid as error:
         return _nothing(num_heads, str(error))
     found = (numbers(step) if fit else None for step, fit in zip(low, fits, strict=True))
-    return Grown(tuple(found), least=min(first))
+    return Grown(tuple(found), tuple(first))
 
 
 def _grow(
@@ -281,10 +288,10 @@ def grow_by_clock(
     try:
         first = share(1)
         if first > budget:
-            return Grown((None,) * num_heads, least=first)
+            return Grown((None,) * num_heads, (first,) * num_heads)
         most = candidate.steps(num_keys)
         [low] = _grow(lambda steps: [share(steps[0])], 1, most, budget, _CLOCK_EXACTNESS)
     except PatternInvalid as error:
         return _nothing(num_heads, str(error))
     head = candidate.at(low, num_keys, size[0], call.banded)
-    return Grown((head,) * num_heads, least=first)
+    return Grown((head,) * num_heads, (first,) * num_heads)

@@ -59,8 +59,11 @@ def test_kept_counts_only_what_dense_has_right() -> None:
 
 
 def test_a_share_is_never_rounded_to_all_or_nothing() -> None:
-    assert kept_text(Tally(1000, 1000, 999, 999)).startswith("999/1000 >.99 (")
-    assert kept_text(Tally(1000, 1000, 1, 1)).startswith("1/1000 <.01 (")
+    assert kept_text(Tally(400, 400, 399, 399)).startswith("399/400 >.99 (")
+    assert kept_text(Tally(400, 400, 1, 1)).startswith("1/400 <.01 (")
+    assert kept_text(Tally(4000, 4000, 3999, 3999)).startswith("3999/4000 >.999 (")
+    assert kept_text(Tally(4000, 4000, 1, 1)).startswith("1/4000 <.001 (")
+    assert kept_text(Tally(1024, 949, 940, 931)) == "931/949 .981 (.970-.988)"
     assert kept_text(Tally(64, 64, 64, 64)) == "64/64 1.00 (.94-1.00)"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparse_compiler.errors import ExecutorUnavailable, OptionInvalid, TensorInv
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.search import SearchResult, layer_search, offline, search
 from sparse_compiler.search.costs import CostModel
+from sparse_compiler.search.costs import cost_model as real_cost_model
 from sparse_compiler.search.published_config import check_config, load_config
 
 FEW = ["a_shape(16,*)", "vertical_slash(*,100)", "block_sparse(*)"]
@@ -210,6 +212,32 @@ def test_several_prompts_are_averaged_and_the_longest_decides_the_numbers() -> N
     assert any(both.layers[0][h].error != pytest.approx(one.layers[0][h].error) for h in range(4))
 
 
+def test_numbers_for_a_longer_prompt_are_those_of_the_sample_times_the_lengths_ratio(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {"candidates": ["a_shape(16,*)"], "layers": [0]}
+    result = _search(**options, for_tokens=8 * 1024, output=tmp_path / "long.json")
+    assert load_config(tmp_path / "long.json")[0] == result.patterns[0]
+    assert any("8192 tokens" in note for note in result.notes)
+    choice = result.layers[0][0]
+    assert choice.cost == pytest.approx(BUDGET, rel=0.1) and choice.cost <= BUDGET
+    assert choice.pattern.first == 16 and choice.pattern.second % 8 == 0
+    # Errors are of the sample, with the numbers that it was tried with.
+    options["candidates"] = [f"a_shape(16,{choice.pattern.second // 8})"]
+    same = _search(**{**options, "budget": 0.99}).layers[0]
+    assert same[0].error == choice.error
+
+
+def test_scoring_rows_is_paid_at_the_length_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = real_cost_model("triton", "NVIDIA H200")
+    monkeypatch.setattr(offline, "cost_model", lambda executor, device: model)
+    options = {"candidates": ["key_groups"], "layers": [0], "budget": 0.9}
+    with pytest.raises(OptionInvalid, match=r"at least \d+\.\d+.* 1024 tokens"):
+        _search(**options)
+    layer = _search(**options, for_tokens=1 << 17).layers[0]
+    assert all(choice.cost <= 0.9 and choice.pattern.second == 0 for choice in layer.values())
+
+
 def test_errors_of_the_logits_are_those_of_one_sparse_head() -> None:
     model, ids = small_model(), prompt(256)
     more = {"executor": "reference", "candidates": ["a_shape(8,64)"], "budget": 0.99}
@@ -260,6 +288,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompts": []}, "prompts"),
     ({"prompts": prompt()}, "prompts"),
     ({"layers": []}, "layers"),
+    ({"for_tokens": -1}, "for_tokens"),
+    ({"for_tokens": True}, "for_tokens"),
+    ({"for_tokens": 4096, "cost": "measured"}, "for_tokens"),
     ({"layers": [-1]}, "layers"),
     ({"candidates": []}, "candidates"),
     ({"candidates": ["dense"]}, "candidate"),
@@ -293,6 +324,15 @@ def test_a_layer_that_does_not_exist_is_refused() -> None:
 def test_a_budget_that_nothing_meets_names_layer_head_and_what_it_takes() -> None:
     with pytest.raises(OptionInvalid, match=r"at least 0\.\d+.*1024 tokens.*layer 0, head 0"):
         _search(budget=0.01)
+
+
+def test_the_budget_that_a_layer_is_said_to_take_is_enough_for_all_its_heads() -> None:
+    options: dict[str, Any] = {"candidates": ["vertical_slash(40,*)"], "layers": [0]}
+    with pytest.raises(OptionInvalid) as refused:
+        _search(**options, budget=0.01)
+    needed = re.search(r"at least (0\.\d+)", str(refused.value))
+    assert needed is not None
+    assert len(_search(**options, budget=float(needed[1])).layers[0]) == 4
 
 
 def test_attention_that_is_not_finite_is_refused() -> None:
