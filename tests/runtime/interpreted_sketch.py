@@ -1,0 +1,66 @@
+"""Runs the kernels of sketches in Triton's interpreter against PyTorch's path; fails loudly.
+
+A program of its own, because ``TRITON_INTERPRET`` is read when a kernel is decorated:
+``TRITON_INTERPRET=1 python tests/runtime/interpreted_sketch.py CACHE_DIRECTORY``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from sketch_cases import (  # noqa: E402
+    CASES,
+    FEW,
+    SAMPLED,
+    Case,
+    assert_agrees,
+    error,
+    scores,
+    shifted,
+)
+
+from sparse_compiler.patterns import low_rank  # noqa: E402
+from sparse_compiler.patterns.base import SelectRequest  # noqa: E402
+from sparse_compiler.runtime import triton_sketch  # noqa: E402
+from sparse_compiler.runtime.kernel_cache import KernelCache  # noqa: E402
+from sparse_compiler.runtime.triton_launch import Launcher  # noqa: E402
+from sparse_compiler.runtime.triton_sketch import sketch, sketch_fits  # noqa: E402
+
+
+def in_the_interpreter(
+    request: SelectRequest, block_k: int, key_blocks: int
+) -> tuple[torch.Tensor, ...]:
+    assert sketch_fits(request)
+    options = {"block_k": block_k, "key_blocks": key_blocks, "interpret": True}
+    return sketch(CACHE, Launcher(), request, **options)
+
+
+def a_constant_of_all_keys_changes_nothing() -> None:
+    case = Case(1, decay=0.05)
+    near, far = shifted(case)
+    got, want = (in_the_interpreter(r, case.block_k, case.key_blocks) for r in (far, near))
+    got, want = (scores(*found[:2], case.num_k) for found in (got, want))
+    assert (error(got, want, near) <= 0.003 * error(want * 0, want, near)).all()
+
+
+def the_same_rows_are_sampled() -> None:
+    before = low_rank._SAMPLES
+    low_rank._SAMPLES = triton_sketch.SAMPLES = FEW
+    for case in SAMPLED:
+        assert_agrees(case, in_the_interpreter)
+    low_rank._SAMPLES = triton_sketch.SAMPLES = before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    CACHE = KernelCache(Path(sys.argv[1]))
+    for case in CASES:
+        assert_agrees(case, in_the_interpreter)
+    a_constant_of_all_keys_changes_nothing()
+    the_same_rows_are_sampled()
