@@ -79,6 +79,7 @@ def parse_options(options: Mapping[str, Any] | None) -> SparseConfig:
         options,
         patterns=tuple(dict.fromkeys((*PATTERNS, *pattern_registry.names()))),
         executors=executor_registry.executor_names(),
+        recalls=pattern_registry.recall_names(),
     )
 
 

@@ -33,8 +33,12 @@ PATTERNS = (
     "key_means",
     "antidiagonal",
     "switching",
+    "low_rank_recall",
+    "switching_recall",
     "dense",
 )
+RECALL_PATTERNS = ("adaptive", "antidiagonal", "low_rank_recall", "switching_recall")
+"""Those whose numbers can say what share of the mass they keep."""
 ANY = "*"
 MAX_NUMBER = 2**31 - 1
 """Patterns' numbers travel as int32."""
@@ -57,6 +61,9 @@ class SparseConfig:
         min_tokens: prompts with fewer keys stay dense; ``auto`` takes the executor's break-even.
         budget: share of the allowed pairs to compute, 0 < budget <= 1; 1.0 computes every pair
             that the mask allows. None uses the patterns' own numbers.
+        target_recall: in place of a budget, the share of the attention's estimated mass that the kept
+            keys shall hold for every row, 0 < r <= 1; 1.0 computes every pair that the mask allows.
+            With ``pattern`` ``auto`` or one that can express a share.
         executor: ``auto``, ``triton``, ``cpu``, ``reference`` or a plug-in's name. One asked for by
             name never falls back silently.
         inner: what compiles the rest of the graph: ``inductor`` or ``eager``.
@@ -69,6 +76,7 @@ class SparseConfig:
     config: str | None = None
     min_tokens: int | Literal["auto"] = "auto"
     budget: float | None = None
+    target_recall: float | None = None
     executor: str = "auto"
     inner: Literal["inductor", "eager"] = "inductor"
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -82,12 +90,14 @@ class SparseConfig:
         *,
         patterns: Sequence[str] = PATTERNS,
         executors: Sequence[str] = ("auto", "triton", "cpu", "reference"),
+        recalls: Sequence[str] = RECALL_PATTERNS,
     ) -> SparseConfig:
         """Check ``options`` and freeze them.
 
         Args:
             options: as given to ``torch.compile``; None and {} mean the defaults.
             patterns, executors: the names that exist, plug-ins included.
+            recalls: the patterns that can express ``target_recall``.
         Raises:
             OptionInvalid: unknown key, wrong type or impossible value; names what is allowed.
         """
@@ -120,6 +130,7 @@ class SparseConfig:
                     options["pattern"],
                     fix="Give one of the two.",
                 )
+        _check_recall(options, recalls)
         if not isinstance(options.get("inner_options", {}), Mapping):
             raise OptionInvalid("option 'inner_options'", "a dict", options["inner_options"])
         options["inner_options"] = MappingProxyType(dict(options.get("inner_options", {})))
@@ -141,12 +152,37 @@ def _check_numbers(options: dict[str, Any]) -> None:
     tokens = options.get("min_tokens", "auto")
     if tokens != "auto" and not (_is_int(tokens) and tokens >= 0):
         raise OptionInvalid("option 'min_tokens'", "'auto' or an int >= 0", tokens)
-    budget = options.get("budget")
-    if budget is not None:
-        number = isinstance(budget, int | float) and not isinstance(budget, bool)
-        if not (number and 0 < budget <= 1):
-            raise OptionInvalid("option 'budget'", "None or a number with 0 < budget <= 1", budget)
-        options["budget"] = float(budget)
+    for key in ("budget", "target_recall"):
+        share = options.get(key)
+        if share is None:
+            continue
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not (number and 0 < share <= 1):
+            raise OptionInvalid(f"option {key!r}", f"None or a number with 0 < {key} <= 1", share)
+        options[key] = float(share)
+
+
+def _check_recall(options: Mapping[str, Any], recalls: Sequence[str]) -> None:
+    """Refuse what ``target_recall`` contradicts; everything else is checked already."""
+    recall = options.get("target_recall")
+    if recall is None:
+        return
+    for key, what in (("budget", "a share of the pairs"), ("config", "numbers for every head")):
+        if options.get(key) is not None:
+            raise OptionInvalid(
+                "option 'target_recall'",
+                f"absent where {key!r} gives {what}",
+                recall,
+                fix="Give one of the two.",
+            )
+    pattern = options.get("pattern", "auto")
+    if pattern != "auto" and pattern not in recalls:
+        raise OptionInvalid(
+            "option 'pattern'",
+            f"auto, {', '.join(recalls)} where 'target_recall' says what to keep",
+            pattern,
+            fix="Choose one of these, or give a budget or the pattern's own numbers.",
+        )
 
 
 def _pattern(value: object, names: Sequence[str]) -> str | PatternTable:

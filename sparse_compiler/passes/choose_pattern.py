@@ -191,21 +191,29 @@ def _patterns(
     biased = isinstance(state.proof, Proved) and bool(state.proof.fact.bias)
     # Lists of all key blocks take far more memory than a band that covers everything; so do lists
     # for a budget of which only the run time knows the length.
-    budget, length = ctx.config.budget, site.key_shape[2]
+    (budget, recall), length = _wanted(ctx), site.key_shape[2]
     unlisted = biased or (budget is not None and (budget >= 1 or not isinstance(length, int)))
+
+    def zero_config(option: str) -> tuple[HeadPattern, ...]:
+        return tuple(
+            policy.uniform(
+                option, heads, causal=causal, auto=auto, unlisted=unlisted, recall=recall
+            )
+        )
+
     per_layer = ctx.tables is not None or (not isinstance(option, str) and set(option) != {ANY})
     if per_layer and site.layer is None:
         _layer_unknown(state)
         origin = "policy"
-        found = tuple(policy.uniform("auto", heads, causal=causal, auto=auto, unlisted=unlisted))
+        found = zero_config("auto")
     elif ctx.tables is not None:
         found = _from_tables(state, site, heads, ctx)
         origin = ctx.config.config or "config"
-    elif option == "auto" and state.advice.pattern is not None:
-        found, origin = (state.advice.pattern,) * heads, state.advice.origin
+    elif option == "auto" and (advised := _advised(state, recall)) is not None:
+        found, origin = (advised,) * heads, state.advice.origin
     elif isinstance(option, str):
         origin = "policy" if option == "auto" else "option"
-        found = tuple(policy.uniform(option, heads, causal=causal, auto=auto, unlisted=unlisted))
+        found = zero_config(option)
     else:
         found, origin = _from_option(state, site, heads, option), "option"
     if found is None:
@@ -219,7 +227,21 @@ def _patterns(
                 Code.PATTERN_NEEDS_CAUSAL,
                 f"pattern {name} is defined for causal masks only",
             )
-    return LayerPatterns(found, origin, ctx.config.budget)
+    return LayerPatterns(found, origin, budget)
+
+
+def _wanted(ctx: PassContext) -> tuple[float | None, float | None]:
+    """(budget, share of the mass to keep), at most one of them; all of the mass is every pair."""
+    recall = ctx.config.target_recall
+    return (1.0, None) if recall == 1.0 else (ctx.config.budget, recall)
+
+
+def _advised(state: SiteState, recall: float | None) -> HeadPattern | None:
+    """What a hint says, with the numbers for ``recall``; None where its pattern cannot say that."""
+    head = state.advice.pattern
+    if head is None or recall is None or head.name == "dense":
+        return head
+    return registry.get(head.name).from_recall(recall)
 
 
 def _known_heads(state: SiteState, site: AttentionSite) -> bool:

@@ -7,31 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import (
-    WHOLE_BLOCKS,
-    BlockChoice,
-    Limits,
-    Pattern,
-    SelectRequest,
-)
-from sparse_compiler.patterns.ranking import (
-    CHUNK,
-    budget_blocks,
-    density_of_blocks,
-    first_blocks,
-    keep_share,
-    pooled_bias,
-)
+from sparse_compiler.patterns.base import WHOLE_BLOCKS, BlockChoice, SelectRequest
+from sparse_compiler.patterns.listed import Listed
+from sparse_compiler.patterns.ranking import CHUNK, first_blocks, keep_share, pooled_bias
 from sparse_compiler.patterns.relation import request_relation
-from sparse_compiler.patterns.row_scores import limit_blocks
 from sparse_compiler.patterns.summaries import means_of, visible_in_groups
 from sparse_compiler.patterns.visible import row_intervals, visible_keys
 
 __all__ = ["Adaptive", "pooled_mass"]
 
 
-class Adaptive(Pattern):
+class Adaptive(Listed):
     """Keep the fewest key blocks that hold ``first`` per mille of a row block's estimated mass.
 
     The mass is a softmax over key blocks of (mean query of the row block) x (mean key of the block),
@@ -51,21 +37,10 @@ class Adaptive(Pattern):
 
     name = "adaptive"
     number = 6
-    component = "blocks"
-    needs_causal = False
     summary_keys = WHOLE_BLOCKS
-
-    def default(self) -> HeadPattern:
-        return HeadPattern(self.name, 950, 0)
-
-    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
-        return Limits(blocks=limit_blocks(head.second, block_q, block_k, causal))
-
-    def from_budget(
-        self, budget: float, num_keys: int, block_q: int, causal: bool = True
-    ) -> HeadPattern:
-        # The whole mass is wanted, so that only the number of blocks says where to stop.
-        return HeadPattern(self.name, 1000, budget_blocks(budget, num_keys, causal))
+    usual = 950
+    widest = 1000
+    is_share = True
 
     def choose(self, request: SelectRequest) -> BlockChoice:
         visible, own = request_relation(request)
@@ -78,9 +53,6 @@ class Adaptive(Pattern):
             for slot in range(request.heads.shape[0])
         ]
         return BlockChoice(torch.stack(kept, 1))
-
-    def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
-        return density_of_blocks(head.second, num_keys, block_q)
 
 
 def pooled_mass(request: SelectRequest, slot: int, visible: Tensor) -> Tensor:
@@ -98,7 +70,7 @@ def pooled_mass(request: SelectRequest, slot: int, visible: Tensor) -> Tensor:
     head = request.heads[slot : slot + 1]
     kv_head = head // (request.q.shape[1] // request.k.shape[1])
     queries = _mean_queries(request, head)
-    means = means_of(request, kv_head, geometry.block_k)
+    means = means_of(request, kv_head, geometry.block_k)[:, 0]
     counts = visible_in_groups(request, request.group)
     ratio = geometry.block_k // request.group
     counts = torch.nn.functional.pad(counts, (0, -counts.shape[1] % ratio))

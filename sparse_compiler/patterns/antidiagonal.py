@@ -7,17 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import BlockChoice, Limits, Pattern, SelectRequest
-from sparse_compiler.patterns.ranking import (
-    CHUNK,
-    budget_blocks,
-    density_of_blocks,
-    edge_blocks,
-    keep_share,
-)
+from sparse_compiler.patterns.base import BlockChoice, SelectRequest
+from sparse_compiler.patterns.listed import Listed
+from sparse_compiler.patterns.ranking import CHUNK, edge_blocks, keep_share
 from sparse_compiler.patterns.relation import request_relation
-from sparse_compiler.patterns.row_scores import limit_blocks
 from sparse_compiler.patterns.visible import bias_of_rows, row_intervals, visible_keys
 
 __all__ = ["STRIDE", "Antidiagonal", "tile_mass"]
@@ -26,7 +19,7 @@ STRIDE = 16
 """Rows and keys of a tile."""
 
 
-class Antidiagonal(Pattern):
+class Antidiagonal(Listed):
     """Keep the fewest key blocks that hold ``first`` per mille of a row block's antidiagonal mass.
 
     Rows and keys are cut into tiles of 16 x 16. A tile counts as the mean of the 16 logits on its
@@ -47,20 +40,9 @@ class Antidiagonal(Pattern):
 
     name = "antidiagonal"
     number = 8
-    component = "blocks"
-    needs_causal = False
-
-    def default(self) -> HeadPattern:
-        return HeadPattern(self.name, 900, 0)
-
-    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
-        return Limits(blocks=limit_blocks(head.second, block_q, block_k, causal))
-
-    def from_budget(
-        self, budget: float, num_keys: int, block_q: int, causal: bool = True
-    ) -> HeadPattern:
-        # The whole mass is wanted, so that only the number of blocks says where to stop.
-        return HeadPattern(self.name, 1000, budget_blocks(budget, num_keys, causal))
+    usual = 900
+    widest = 1000
+    is_share = True
 
     def choose(self, request: SelectRequest) -> BlockChoice:
         visible, own = request_relation(request)
@@ -73,9 +55,6 @@ class Antidiagonal(Pattern):
             for slot in range(request.heads.shape[0])
         ]
         return BlockChoice(torch.stack(kept, 1))
-
-    def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
-        return density_of_blocks(head.second, num_keys, block_q)
 
 
 def tile_mass(request: SelectRequest, slot: int) -> Tensor:

@@ -89,6 +89,8 @@ class BlockRule:
         operands: what is scored.
         group: keys of a group, or ``WHOLE_BLOCKS``, for predicted costs.
         rank: directions that are scored, 0 for the whole head, for predicted costs.
+        recall: ``first`` is per mille of the mass to keep (``ranking.wanted_for_share``), not what a
+            single group must hold.
     """
 
     number: int
@@ -96,6 +98,7 @@ class BlockRule:
     operands: Callable[[SelectRequest], Scored]
     group: int = 1
     rank: int = 0
+    recall: bool = False
 
     def flops(self, pairs: float, head_dim: int, block_k: int) -> float:
         """Arithmetic of scoring ``pairs`` pairs of a row and a key."""
@@ -269,6 +272,13 @@ class Pattern(ABC):
         ``block_q``: rows of a row block, which share what any of them keeps.
         ``causal``: the mask is; else every row sees every key.
         """
+
+    def from_recall(self, recall: float) -> HeadPattern | None:
+        """Numbers that keep a share ``recall`` of every row's mass, as far as the estimate knows it.
+
+        None where the pattern's numbers cannot say that; ``0 < recall <= 1``.
+        """
+        return None
 
     @abstractmethod
     def choose(self, request: SelectRequest) -> BandChoice | BlockChoice:

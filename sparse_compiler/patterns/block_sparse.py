@@ -81,7 +81,7 @@ def _choose_head(request: SelectRequest, slot: int, visible: Tensor, own: Tensor
     groups = request.q.shape[1] // request.k.shape[1]
     queries = request.q.index_select(1, head)[:, 0]
     means = _block_means(queries, geometry.block_q)
-    summary = means_of(request, head // groups, geometry.block_k)
+    summary = means_of(request, head // groups, geometry.block_k)[:, 0]
     scores = torch.matmul(means, summary.transpose(-1, -2)) * request.scale
     if request.bias is not None:
         scores = scores + _block_bias(request.bias, head, geometry, request.q.shape[2])

@@ -6,7 +6,7 @@ import torch
 
 from sparse_compiler.patterns.base import BlockRule, Scored, SelectRequest
 from sparse_compiler.patterns.row_scores import RowScored
-from sparse_compiler.patterns.summaries import all_means
+from sparse_compiler.patterns.summaries import means_of
 
 __all__ = ["KeyGroups", "of_means"]
 
@@ -22,7 +22,7 @@ def of_means(request: SelectRequest, group: int = 0) -> Scored:
     queries = torch.where(queries.isfinite().all(-1, keepdim=True), queries, 0)
     if scale < 0:
         queries, scale = -queries, -scale
-    means = request.summary if group in (0, request.group) else all_means(request, group)
+    means = request.summary if group in (0, request.group) else means_of(request, None, group)
     finite = means.isfinite().all(-1)
     means = torch.where(finite[..., None], means, 0).to(queries.dtype)
     return Scored(queries, means, ~finite, group or request.group, scale)
@@ -42,5 +42,5 @@ class KeyGroups(RowScored):
     name = "key_groups"
     number = 4
     summary_keys = 8
-    threshold = 5000
+    usual = 5000
     rule = BlockRule(number, every=4, operands=of_means, group=8)

@@ -34,5 +34,5 @@ class KeyMeans(RowScored):
     name = "key_means"
     number = 7
     summary_keys = WHOLE_BLOCKS
-    threshold = 5000
+    usual = 5000
     rule = BlockRule(number, every=1, operands=of_block_means, group=WHOLE_BLOCKS)

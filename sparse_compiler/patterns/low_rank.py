@@ -118,5 +118,5 @@ class LowRank(RowScored):
 
     name = "low_rank"
     number = 10
-    threshold = 7000
+    usual = 7000
     rule = BlockRule(number, every=32, operands=sketches, rank=RANK)

@@ -15,6 +15,8 @@ from sparse_compiler.patterns.visible import bias_of_rows, row_intervals
 
 __all__ = [
     "CHUNK",
+    "PEAKS",
+    "PEAK_WHOLE",
     "budget_blocks",
     "density_of_blocks",
     "edge_blocks",
@@ -23,10 +25,15 @@ __all__ = [
     "keep_share",
     "pooled_bias",
     "real_rows",
+    "wanted_for_share",
 ]
 
 CHUNK = 1 << 24
 """The most elements of a large tensor that are looked at together."""
+PEAKS = 4
+"""A key block is taken to hold as much mass as so many keys like its best; see ``low_rank_recall``."""
+PEAK_WHOLE = 1 << 30
+"""All of a row's mass, where blocks' masses are summed as integers; each fits into 32 bits."""
 
 #: Shares of a mass are summed as integers of this unit, so that no order of the sum shows.
 _WHOLE = 1 << 32
@@ -112,6 +119,34 @@ def keep_share(
     needed = needed | ((mass == math.inf) | always).gather(-1, found)
     kept = torch.zeros_like(visible).scatter_(-1, found, needed & (rank < most))
     return kept & visible
+
+
+def wanted_for_share(share: Tensor, scores: Tensor, visible: Tensor, always: Tensor) -> Tensor:
+    """Blocks that stay when others go, the least first, while what goes may.
+
+    A block counts for ``PEAKS`` times its best key, and for no more than all of a row's mass. What
+    goes may add up to the rest of ``share``, of all mass, or of the sum over the row block's blocks
+    where that is less: attention that is broad everywhere shows as a small sum.
+
+    Args:
+        share: int64, per mille; from 1000 on every block with a score stays.
+        scores: float32 [B, row blocks, key blocks], logs of the mass of blocks' best keys, without
+            NaN; -inf where no row sees a key.
+        visible, always: bool like ``scores``. What is always kept is no loss.
+    Returns:
+        bool like ``scores``; of equal scores the last blocks go first.
+    """
+    known = visible & (scores > -math.inf)
+    mass = (scores + math.log(PEAKS)).clamp(max=0.0).exp() * PEAK_WHOLE
+    mass = torch.where(known, mass, 0.0).long()
+    total = mass.sum(-1, keepdim=True).clamp(max=PEAK_WHOLE)
+    allowed = torch.where(share >= 1000, -1, (1000 - share) * total // 1000)
+    loose = known & ~always
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    parts = torch.where(loose, mass, 0).gather(-1, order)
+    lost = parts.flip(-1).cumsum(-1).flip(-1)
+    stays = torch.zeros_like(loose).scatter_(-1, order, lost > allowed)
+    return (loose & stays) | always
 
 
 def _ranked(

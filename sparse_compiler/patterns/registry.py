@@ -16,7 +16,8 @@ from sparse_compiler.patterns.dense import Dense
 from sparse_compiler.patterns.key_groups import KeyGroups
 from sparse_compiler.patterns.key_means import KeyMeans
 from sparse_compiler.patterns.low_rank import LowRank
-from sparse_compiler.patterns.switching import Switching
+from sparse_compiler.patterns.low_rank_recall import LowRankRecall
+from sparse_compiler.patterns.switching import Switching, SwitchingRecall
 from sparse_compiler.patterns.tri_shape import TriShape
 from sparse_compiler.patterns.vertical_slash import VerticalSlash
 from sparse_compiler.plugin_loading import Source, blamed, load_plugins, source_of
@@ -28,6 +29,7 @@ __all__ = [
     "get",
     "names",
     "pattern",
+    "recall_names",
     "register",
     "source",
     "summary_group",
@@ -86,6 +88,8 @@ for _pattern in (
     KeyMeans(),
     Antidiagonal(),
     Switching(),
+    LowRankRecall(),
+    SwitchingRecall(),
 ):
     register(_pattern)
 
@@ -132,6 +136,12 @@ def names() -> tuple[str, ...]:
     """Names of all patterns, built-in ones first."""
     _load_plugins()
     return tuple(_PATTERNS)
+
+
+def recall_names() -> tuple[str, ...]:
+    """Names of the patterns that can keep a share of the mass (``Pattern.from_recall``)."""
+    _load_plugins()
+    return tuple(name for name, made in _PATTERNS.items() if made.from_recall(0.5) is not None)
 
 
 def get(name: str) -> Pattern:

@@ -18,28 +18,14 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_compiler.ir.index import AUTOMATIC
-from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.patterns.base import (
-    BlockChoice,
-    BlockRule,
-    Limits,
-    Pattern,
-    Scored,
-    SelectRequest,
-)
-from sparse_compiler.patterns.block_sparse import PUBLISHED_BLOCK
-from sparse_compiler.patterns.ranking import (
-    budget_blocks,
-    density_of_blocks,
-    edge_blocks,
-    keep_best_blocks,
-)
+from sparse_compiler.patterns.base import BlockChoice, BlockRule, Scored, SelectRequest
+from sparse_compiler.patterns.listed import Listed
+from sparse_compiler.patterns.ranking import edge_blocks, keep_best_blocks, wanted_for_share
 from sparse_compiler.patterns.relation import request_relation
 from sparse_compiler.patterns.summaries import visible_in_groups
 from sparse_compiler.patterns.visible import bias_of_rows, row_intervals
 
-__all__ = ["MILLION", "RowScored", "broken_blocks", "keep_blocks", "limit_blocks", "score_blocks"]
+__all__ = ["MILLION", "RowScored", "broken_blocks", "keep_blocks", "score_blocks"]
 
 MILLION = 1_000_000
 
@@ -47,7 +33,7 @@ MILLION = 1_000_000
 _CHUNK = 1 << 24
 
 
-class RowScored(Pattern):
+class RowScored(Listed):
     """Keep key blocks with a group of keys that holds ``first`` millionths of some row's mass.
 
     ``second`` is the most key blocks of 64 keys that a row block keeps, the best of them; 0 lets this
@@ -55,21 +41,8 @@ class RowScored(Pattern):
     where its rows' keys end are always kept.
     """
 
-    component = "blocks"
-    needs_causal = False
-    threshold: int
-
-    def default(self) -> HeadPattern:
-        return HeadPattern(self.name, self.threshold, 0)
-
-    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
-        return Limits(blocks=limit_blocks(head.second, block_q, block_k, causal))
-
-    def from_budget(
-        self, budget: float, num_keys: int, block_q: int, causal: bool = True
-    ) -> HeadPattern:
-        # Blocks are ranked and cut at the budget; the threshold lets nearly all of them through.
-        return HeadPattern(self.name, 1, budget_blocks(budget, num_keys, causal))
+    # Of a budget, blocks are ranked and cut; a millionth lets nearly all of them through.
+    widest = 1
 
     def choose(self, request: SelectRequest) -> BlockChoice:
         rule = self.rule
@@ -80,22 +53,11 @@ class RowScored(Pattern):
                 *(request, slot, score_blocks(request, slot, scored, rule.every)),
                 *relation,
                 broken=broken_blocks(request, slot, scored),
+                recall=rule.recall,
             )
             for slot in range(request.heads.shape[0])
         ]
         return BlockChoice(torch.stack(kept, 1))
-
-    def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
-        return density_of_blocks(head.second, num_keys, block_q)
-
-
-def limit_blocks(second: int, block_q: int, block_k: int, causal: bool = True) -> int:
-    """The bound of a row block's list: ``second`` blocks of 64 keys, or what grows with the length."""
-    # Its own blocks and those of the first key and of where its rows' keys end are kept in any case.
-    least = (1 if causal else 2) * -(-block_q // block_k) + 3
-    if second == 0:
-        return AUTOMATIC - least
-    return max(least, -(-second * PUBLISHED_BLOCK // block_k))
 
 
 def score_blocks(request: SelectRequest, slot: int, scored: Scored, every: int) -> Tensor:
@@ -176,6 +138,7 @@ def keep_blocks(
     own: Tensor,
     *,
     broken: Tensor | None = None,
+    recall: bool = False,
 ) -> Tensor:
     """Blocks above the threshold, the best where there are too many; bool like ``scores``.
 
@@ -183,9 +146,13 @@ def keep_blocks(
         scores: float32 [B, row blocks, key blocks], logs of estimated mass.
         visible, own: as from ``block_relation``.
         broken: bool, kept wherever visible.
+        recall: as in ``BlockRule``.
     """
     always = own | edge_blocks(request)
     always = (always if broken is None else always | broken) & visible
-    threshold = torch.log(request.first[slot].clamp(min=1) / MILLION)
-    wanted = ((scores >= threshold) & visible) | always
+    first = request.first[slot]
+    if recall:
+        wanted = wanted_for_share(first, scores, visible, always)
+    else:
+        wanted = ((scores >= torch.log(first.clamp(min=1) / MILLION)) & visible) | always
     return keep_best_blocks(request, slot, scores, wanted, always, own)

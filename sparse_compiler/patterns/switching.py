@@ -11,20 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns.adaptive import pooled_mass
-from sparse_compiler.patterns.base import (
-    WHOLE_BLOCKS,
-    BlockChoice,
-    Limits,
-    Pattern,
-    SelectRequest,
-)
+from sparse_compiler.patterns.base import WHOLE_BLOCKS, BlockChoice, SelectRequest
 from sparse_compiler.patterns.block_sparse import PUBLISHED_BLOCK
+from sparse_compiler.patterns.listed import Listed
 from sparse_compiler.patterns.ranking import (
     CHUNK,
-    budget_blocks,
-    density_of_blocks,
     first_blocks,
     keep_best_blocks,
     keep_share,
@@ -32,22 +24,23 @@ from sparse_compiler.patterns.ranking import (
     real_rows,
 )
 from sparse_compiler.patterns.relation import request_relation
-from sparse_compiler.patterns.row_scores import limit_blocks
 from sparse_compiler.patterns.summaries import means_of, visible_in_groups
 from sparse_compiler.patterns.two_sided import spread_probe, spread_rows
 from sparse_compiler.patterns.visible import row_intervals
 
-__all__ = ["PROBE_ROWS", "SHARE", "Switching", "divergence"]
+__all__ = ["PROBE_ROWS", "SHARE", "Switching", "SwitchingRecall", "divergence"]
 
 PROBE_ROWS = 64
 SHARE = 950
 """Per mille of the mass that either way of choosing keeps."""
 
+#: Divergence up to which means describe the last rows, per mille.
+_APART = 100
 #: Shares of a mass are summed as integers of this unit, so that no order of the sum shows.
 _WHOLE = 1 << 40
 
 
-class Switching(Pattern):
+class Switching(Listed):
     """Choose as ``adaptive`` does where pooled means describe the last rows, else by their columns.
 
     The attention of the last 64 rows over key blocks is compared with its estimate from their mean
@@ -70,42 +63,43 @@ class Switching(Pattern):
 
     name = "switching"
     number = 9
-    component = "blocks"
-    needs_causal = False
     summary_keys = WHOLE_BLOCKS
-
-    def default(self) -> HeadPattern:
-        return HeadPattern(self.name, 100, 0)
-
-    def limits(self, head: HeadPattern, block_q: int, block_k: int, causal: bool = True) -> Limits:
-        return Limits(blocks=limit_blocks(head.second, block_q, block_k, causal))
-
-    def from_budget(
-        self, budget: float, num_keys: int, block_q: int, causal: bool = True
-    ) -> HeadPattern:
-        # A cap alone: a head whose mass sits in fewer blocks keeps fewer.
-        return HeadPattern(self.name, 100, budget_blocks(budget, num_keys, causal))
+    # Of a budget, a cap alone: a head whose mass sits in fewer blocks keeps fewer.
+    usual = widest = _APART
 
     def choose(self, request: SelectRequest) -> BlockChoice:
         visible, own = request_relation(request)
         always = (own | first_blocks(request)) & visible
-        share = torch.full_like(request.first[0], SHARE)
+        share, apart = request.first, torch.full_like(request.first, _APART)
+        if not self.is_share:
+            share, apart = torch.full_like(request.first, SHARE), request.first
         row = _probe_rows(request)
         kept = []
         for slot in range(request.heads.shape[0]):
             columns, diagonals = spread_probe(request, slot, row)
             mass = pooled_mass(request, slot, visible)
-            pooled = keep_share(request, slot, share, mass, visible, always, own)
-            scores = _slash_scores(request, columns, diagonals)
+            pooled = keep_share(request, slot, share[slot], mass, visible, always, own)
+            scores = _slash_scores(request, columns, diagonals, share[slot])
             wanted = ((scores > 0) & visible) | always
             slash = keep_best_blocks(request, slot, scores, wanted, always, own)
             seen = _by_block(request, columns)
-            agrees = divergence(_estimate(request, slot, row), seen) < request.first[slot] / 1000
+            agrees = divergence(_estimate(request, slot, row), seen) < apart[slot] / 1000
             kept.append(torch.where(agrees[:, None, None], pooled, slash))
         return BlockChoice(torch.stack(kept, 1))
 
-    def density(self, head: HeadPattern, num_keys: int, block_q: int) -> float:
-        return density_of_blocks(head.second, num_keys, block_q)
+
+class SwitchingRecall(Switching):
+    """``switching`` with ``first`` per mille of the mass to keep, in place of 950.
+
+    The question to the last rows is that of ``switching`` with its usual number, 100. See there for
+    ``second``, what is always kept, costs and what is missed.
+    """
+
+    name = "switching_recall"
+    number = 12
+    usual = SHARE
+    widest = 1000
+    is_share = True
 
 
 def _probe_rows(request: SelectRequest) -> Tensor:
@@ -152,7 +146,8 @@ def _estimate(request: SelectRequest, slot: int, row: Tensor) -> Tensor:
     queries = request.q.index_select(1, head)[:, 0]
     queries = queries.gather(1, row[..., None].expand(-1, -1, queries.shape[2])).float()
     query = torch.where(real, queries, 0.0).sum(1) / real.sum(1).clamp(min=1)
-    means = means_of(request, head // (request.q.shape[1] // request.k.shape[1]), size_k)
+    kv_head = head // (request.q.shape[1] // request.k.shape[1])
+    means = means_of(request, kv_head, size_k)[:, 0]
     counts = _by_block_groups(request)
     start = torch.arange(means.shape[1], device=means.device) * size_k
     visible = (start + size_k > low[..., None]) & (start <= high[..., None]) & real
@@ -172,11 +167,14 @@ def _by_block_groups(request: SelectRequest) -> Tensor:
     return counts.unflatten(1, (-1, ratio)).sum(-1)
 
 
-def _slash_scores(request: SelectRequest, columns: Tensor, diagonals: Tensor) -> Tensor:
+def _slash_scores(
+    request: SelectRequest, columns: Tensor, diagonals: Tensor, share: Tensor
+) -> Tensor:
     """Mass of the kept columns and diagonals that each block holds: [B, row blocks, key blocks].
 
     Args:
         columns: [B, Lk].  diagonals: [B, Lq + Lk - 1].  As from ``spread_probe``.
+        share: int64, per mille of either that is kept.
     Returns:
         float32, 0 where nothing is kept, inf where a key holds a NaN or inf.
     """
@@ -184,11 +182,11 @@ def _slash_scores(request: SelectRequest, columns: Tensor, diagonals: Tensor) ->
     size_q, size_k = geometry.block_q, geometry.block_k
     broken = _by_block(request, columns == math.inf) > 0
     blocks = _by_block(request, _finite(columns))
-    vertical = torch.where(_covering(blocks), _parts(blocks), 0)[:, None]
+    vertical = torch.where(_covering(blocks, share), _parts(blocks), 0)[:, None]
     fine = _parts(_finite(diagonals))
     pad = (0, -fine.shape[1] % PUBLISHED_BLOCK)
     bins = torch.nn.functional.pad(_finite(diagonals), pad).unflatten(1, (-1, PUBLISHED_BLOCK))
-    held = _covering(bins.sum(-1)).repeat_interleave(PUBLISHED_BLOCK, 1)[:, : fine.shape[1]]
+    held = _covering(bins.sum(-1), share).repeat_interleave(PUBLISHED_BLOCK, 1)[:, : fine.shape[1]]
     total = torch.nn.functional.pad(torch.where(held, fine, 0).cumsum(-1), (1, 0))
     row = torch.arange(geometry.num_row_blocks(num_q), device=columns.device) * size_q
     key = torch.arange(blocks.shape[1], device=columns.device) * size_k
@@ -211,10 +209,10 @@ def _parts(mass: Tensor) -> Tensor:
     return (mass / total * _WHOLE).long()
 
 
-def _covering(mass: Tensor) -> Tensor:
-    """The fewest of [B, X] that hold ``SHARE`` of their sum, bool."""
+def _covering(mass: Tensor, share: Tensor) -> Tensor:
+    """The fewest of [B, X] that hold ``share`` per mille of their sum, bool."""
     parts = _parts(mass)
     order = torch.sort(parts, dim=-1, descending=True, stable=True)
     before = order.values.cumsum(-1) - order.values
-    kept = (before < _WHOLE // 1000 * SHARE) & (order.values > 0)
+    kept = (before < _WHOLE // 1000 * share) & (order.values > 0)
     return torch.zeros_like(kept).scatter_(-1, order.indices, kept)
