@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sparse_compiler.codegen.spec import KernelSpec, power_of_two
+from sparse_compiler.patterns.ranking import PEAK_WHOLE, PEAKS
 
-__all__ = ["MAX_LINE", "RowScoresSpec"]
+__all__ = ["MAX_LINE", "SLAB_UNIT", "RowScoresSpec"]
+
+#: The slab lies in tiles of so many rows and key blocks; no tile of blocks is larger.
+SLAB_UNIT = 64
 
 #: Key blocks of one row block that one program ranks.
 MAX_LINE = 32768
@@ -28,6 +33,8 @@ class RowScoresSpec(KernelSpec):
         half: products are added up in float16: queries and keys are, and hold few directions.
         packed: maxima are taken of two float16 numbers at once, by NVIDIA's instruction.
         unroll: products of one turn of the inner loop; divides the groups of a block.
+        sweep_blocks: key blocks of a tile of the ``SweepSpec`` kernel that goes before; 0 without one.
+        recall: blocks are kept for a share of the mass, not by a threshold (``BlockRule``).
     """
 
     heads: int
@@ -42,6 +49,29 @@ class RowScoresSpec(KernelSpec):
     half: bool = False
     packed: bool = False
     unroll: int = 1
+    sweep_blocks: int = 0
+    recall: bool = False
+
+    @property
+    def swept(self) -> bool:
+        return self.sweep_blocks > 0
+
+    @property
+    def slab_unit(self) -> int:
+        return SLAB_UNIT
+
+    @property
+    def at_once(self) -> int:
+        """Key blocks of a program of ``normalise``."""
+        return 256 * 64 // self.rows
+
+    @property
+    def sweep_step(self) -> int:
+        return self.rows
+
+    @property
+    def sweep_align(self) -> int:
+        return self.tile
 
     @property
     def launch_options(self) -> dict[str, int]:
@@ -56,6 +86,14 @@ class RowScoresSpec(KernelSpec):
     @property
     def heads_pad(self) -> int:
         return power_of_two(self.heads)
+
+    @property
+    def peaks_log2(self) -> float:
+        return math.log2(PEAKS)
+
+    @property
+    def whole(self) -> int:
+        return PEAK_WHOLE
 
     @property
     def choose_warps(self) -> int:

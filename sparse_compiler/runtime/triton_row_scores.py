@@ -2,65 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sparse_compiler.codegen.row_scores_spec import MAX_LINE, RowScoresSpec
+from sparse_compiler.codegen.emit import PLAIN_SIZES
+from sparse_compiler.codegen.row_scores_spec import MAX_LINE, SLAB_UNIT, RowScoresSpec
 from sparse_compiler.codegen.spec import power_of_two
+from sparse_compiler.codegen.sweep_spec import SweepSpec
 from sparse_compiler.ir.index import Geometry, automatic_blocks
 from sparse_compiler.patterns.base import BlockRule, Scored, SelectRequest
+from sparse_compiler.patterns.low_rank import sketches
 from sparse_compiler.patterns.summaries import visible_in_groups
+from sparse_compiler.runtime.hopper_sweep import launch_sweep, sweep_spec
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
+from sparse_compiler.runtime.row_score_scratch import Scratch, scratch_for
 from sparse_compiler.runtime.triton_attend import float32_precision, rows_contiguous
 from sparse_compiler.runtime.triton_launch import Launcher
 from sparse_compiler.runtime.triton_probe import device_capability
+from sparse_compiler.runtime.triton_sketch import sketch, sketch_fits
 
-__all__ = ["row_scores_spec", "select_by_rows"]
+__all__ = ["Vectors", "by_block", "in_half", "row_scores_spec", "select_by_rows"]
 
 _LOG2E = 1.4426950408889634
 #: Directions whose products float16 adds up well enough for a score.
 _FEW = 32
 _FLOAT16 = 60000.0
-#: Bytes of scores that are kept at once.
-_SCORES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What the kernels score rows against.
+
+    Args:
+        queries: [B, Hq, Lq, R].
+        keys: [B, Hkv, PER, key blocks, R]: vector ``sub`` of block n at [sub, n].
+        broken: uint8 [B, Hkv, key blocks], blocks with a NaN or inf.
+        group: keys for which a vector stands.
+        scale: of the products, to natural logarithms.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    broken: Tensor
+    group: int
+    scale: float
 
 
 def row_scores_spec(
-    rule: BlockRule,
-    scored: Scored,
-    geometry: Geometry,
-    *,
-    groups: int,
-    heads: int,
-    key_blocks: int,
-    key_mask: bool,
-    interpret: bool,
+    rule: BlockRule, vectors: Vectors, geometry: Geometry, *, key_mask: bool, interpret: bool
 ) -> RowScoresSpec:
-    """The kernels that a layer needs.
-
-    Args:
-        groups: query heads per key head.
-        heads: Hq.
-        key_blocks: of a whole line.
-    """
-    dtype, dim = scored.queries.dtype, scored.queries.shape[-1]
-    per_block = geometry.block_k // scored.group
+    """The kernels that a layer needs."""
+    queries, (_, kv_heads, per_block, key_blocks, dim) = vectors.queries, vectors.keys.shape
+    dtype, heads = queries.dtype, queries.shape[1]
     hip = torch.version.hip is not None
-    hopper = not hip and device_capability(scored.queries.device)[0] == 9
+    hopper = not hip and device_capability(queries.device)[0] == 9
     wide = hip or dtype == torch.float32 or dim > 128
     half = dtype == torch.float16 and dim <= _FEW
     return RowScoresSpec(
         dtype=str(dtype).removeprefix("torch."),
         head_dim=dim,
-        groups=groups,
+        groups=heads // kv_heads,
         causal=geometry.right >= 0,
         window=geometry.left >= 0,
         key_mask=key_mask,
         heads=heads,
-        group=scored.group,
+        group=vectors.group,
         every=min(rule.every, per_block),
         block_q=geometry.block_q,
         block_k=geometry.block_k,
@@ -75,18 +84,10 @@ def row_scores_spec(
         half=half,
         packed=half and not hip,
         unroll=4 if half and per_block >= 4 else 1,
+        recall=rule.recall,
         interpret=interpret,
         precision=float32_precision(),
     )
-
-
-@cache
-def _programs(device: torch.device) -> int:
-    """Programs of ``score`` that a device runs at once, twice as many where registers are bounded;
-    two in the interpreter, to show the loop."""
-    if device.type != "cuda":
-        return 2
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def select_by_rows(
@@ -106,65 +107,128 @@ def select_by_rows(
     key_blocks = geometry.num_key_blocks(num_k)
     if request.bounds is not None or request.bias is not None or key_blocks > MAX_LINE:
         return None
-    scored = _in_half(rule.operands(request))
-    queries = rows_contiguous(scored.queries)
-    (batch, heads, num_q, _), kv_heads = queries.shape, scored.keys.shape[1]
+    vectors = _vectors(cache, launch, request, rule, key_blocks, interpret=interpret)
     spec = row_scores_spec(
-        rule,
-        scored,
-        geometry,
-        groups=heads // kv_heads,
-        heads=heads,
-        key_blocks=key_blocks,
-        key_mask=request.key_mask is not None,
-        interpret=interpret,
+        rule, vectors, geometry, key_mask=request.key_mask is not None, interpret=interpret
     )
-    keys, broken = _by_block(scored, key_blocks, spec.per_block)
-    rows, params = request.rows.contiguous(), params.contiguous()
-    row_blocks, tiles = geometry.num_row_blocks(num_q), -(-num_q // spec.rows)
-    shape = (batch, num_slots, row_blocks)
-    device = queries.device
+    (batch, heads, num_q, _), device = vectors.queries.shape, vectors.queries.device
+    shape = (batch, num_slots, geometry.num_row_blocks(num_q))
     if out is None:
         # A slot that no head of the pattern holds has an empty list.
         out = (
             torch.empty(*shape, capacity, dtype=torch.int32, device=device),
             torch.zeros(shape, dtype=torch.int32, device=device),
         )
-    blocks, counts = out
-    of_groups, of_blocks = _visible(request, scored.group) if spec.key_mask else ([], [])
-    every = batch * num_slots
-    step = max(1, min(every, _SCORES // (2 * row_blocks * key_blocks)))
-    scores = torch.empty(step, row_blocks, key_blocks, dtype=torch.float16, device=device)
-    programs = min(step * tiles, _programs(device) * (2 if spec.max_registers else 1))
-    slab_size = (key_blocks // spec.tile + 1) * spec.tile
-    slabs = torch.empty(programs, spec.rows, slab_size, dtype=torch.float16, device=device)
+    sweep = sweep_spec(spec, device, num_q, num_k)
+    if sweep is not None:
+        spec = replace(spec, tile=sweep.sweep_align, sweep_blocks=sweep.tile)
+    scratch = scratch_for(spec, sweep, batch * num_slots, num_q, key_blocks, device)
+    sizes = {
+        "row_blocks": shape[2],
+        "key_blocks": key_blocks,
+        "key_tiles": scratch.tops.shape[1],
+        "slab_units": scratch.slab.shape[2] // SLAB_UNIT,
+        "num_heads": heads,
+        "num_slots": num_slots,
+        "num_q": num_q,
+        "num_k": num_k,
+        "left": geometry.left,
+        "right": geometry.right,
+        "scored": rule.number,
+        "automatic": automatic_blocks(num_k, geometry.block_k),
+        "capacity": capacity,
+    }
+    _launch_all(cache, launch, request, params, vectors, spec, sweep, scratch, sizes, out)
+    return out
+
+
+def _launch_all(
+    cache: KernelCache,
+    launch: Launcher,
+    request: SelectRequest,
+    params: Tensor,
+    vectors: Vectors,
+    spec: RowScoresSpec,
+    sweep: SweepSpec | None,
+    scratch: Scratch,
+    known: Mapping[str, int],
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Score and choose, chunk by chunk; ``known``: the kernels' sizes that chunks share."""
     module = load_kernels(cache, spec)
-    for first in range(0, every, step):
-        lines = min(step, every - first)
-        plain = [lines, first, tiles, row_blocks, key_blocks, slab_size, heads, num_slots]
-        plain += [num_q, num_k, geometry.left, geometry.right, rule.number]
-        plain += [automatic_blocks(num_k, geometry.block_k), capacity]
+    queries, keys = vectors.queries, vectors.keys
+    of_groups, of_blocks = _visible(request, vectors.group) if spec.key_mask else ([], [])
+    rows, params = request.rows.contiguous(), params.contiguous()
+    for chunk in scratch.chunks:
+        first_part = chunk.first_tile * spec.rows // spec.block_q
+        parts = min(chunk.tiles * spec.rows // spec.block_q, known["row_blocks"] - first_part)
+        sizes = {
+            **known,
+            "lines": chunk.lines,
+            "first_line": chunk.first_line,
+            "first_tile": chunk.first_tile,
+            "tiles": chunk.tiles,
+            "parts": parts,
+            "chunk_rows": chunk.tiles * spec.rows,
+        }
+        plain = [sizes[name] for name in PLAIN_SIZES[spec.template]]
+        slabs = [scratch.slab]
+        if sweep is not None:
+            swept = scratch.swept(chunk, spec.rows)
+            launch_sweep(cache, sweep, queries, keys, params, rows, *swept, sizes)
+            slabs = [*swept]
         launch(
             module.score,
-            min(programs, lines * tiles),
-            [queries, keys, params, rows, *of_groups, slabs, scores],
+            min(scratch.programs, chunk.lines * chunk.tiles),
+            [queries, keys, params, rows, *of_groups, *slabs, scratch.scores],
             queries.stride()[:3],
-            [scored.scale * _LOG2E, *plain],
+            [vectors.scale * _LOG2E, *plain],
             **spec.launch_options,
         )
+        if sweep is not None:
+            pieces = -(-scratch.slab.shape[2] // spec.at_once)
+            launch(
+                module.normalise,
+                chunk.lines * chunk.tiles * pieces,
+                [params, rows, *slabs[:2], scratch.scores],
+                (),
+                plain,
+                num_warps=4,
+                num_stages=1,
+            )
         launch(
             module.choose,
-            lines * row_blocks,
-            [scores, params, rows, broken, *of_blocks, blocks, counts],
+            chunk.lines * parts,
+            [scratch.scores, params, rows, vectors.broken, *of_blocks, *out],
             (),
             plain,
             num_warps=spec.choose_warps,
             num_stages=1,
         )
-    return blocks, counts
 
 
-def _in_half(scored: Scored) -> Scored:
+def _vectors(
+    cache: KernelCache,
+    launch: Launcher,
+    request: SelectRequest,
+    rule: BlockRule,
+    key_blocks: int,
+    *,
+    interpret: bool,
+) -> Vectors:
+    """The rule's operands, by kernels of their own where there are some."""
+    block_k = request.geometry.block_k
+    if rule.operands is sketches and sketch_fits(request):
+        queries, keys, broken = sketch(
+            cache, launch, request, block_k=block_k, key_blocks=key_blocks, interpret=interpret
+        )
+        return Vectors(queries, keys, broken, 1, 1.0 / _LOG2E)
+    scored = in_half(rule.operands(request))
+    keys, broken = by_block(scored, key_blocks, block_k // scored.group)
+    return Vectors(rows_contiguous(scored.queries), keys, broken, scored.group, scored.scale)
+
+
+def in_half(scored: Scored) -> Scored:
     """With few directions, 16-bit operands in float16, the scale within the queries.
 
     Hopper adds such products up in float16 registers and compares two at once.
@@ -178,7 +242,7 @@ def _in_half(scored: Scored) -> Scored:
     return replace(scored, queries=queries.half(), keys=keys.half(), scale=1.0 / _LOG2E)
 
 
-def _by_block(scored: Scored, key_blocks: int, per_block: int) -> tuple[Tensor, Tensor]:
+def by_block(scored: Scored, key_blocks: int, per_block: int) -> tuple[Tensor, Tensor]:
     """Vectors [B, Hkv, PER, key blocks, R], so that neighbouring blocks lie side by side; and
     whether a block is broken, uint8 [B, Hkv, key blocks]."""
     pad = key_blocks * per_block - scored.keys.shape[2]

@@ -19,6 +19,7 @@ from sparse_compiler.codegen import emit as emit_module
 from sparse_compiler.codegen.emit import emit
 from sparse_compiler.codegen.hopper_spec import HopperSpec
 from sparse_compiler.codegen.row_scores_spec import RowScoresSpec
+from sparse_compiler.codegen.sketch_spec import SketchSpec
 from sparse_compiler.codegen.spec import (
     BIAS_KINDS,
     AttendSpec,
@@ -83,6 +84,12 @@ SPECS: dict[str, KernelSpec] = {
     ),
     "row_scores_means": RowScoresSpec(
         dtype="bfloat16", head_dim=80, groups=2, heads=8, window=True, key_mask=True
+    ),
+    "sketch": SketchSpec(
+        dtype="bfloat16", head_dim=128, groups=4, query_parts=8, key_parts=2, num_stages=3
+    ),
+    "sketch_wide": SketchSpec(
+        dtype="float16", head_dim=256, groups=1, key_mask=True, rows=64, num_stages=3
     ),
 }
 

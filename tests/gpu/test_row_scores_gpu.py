@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from row_score_cases import Case, assert_agrees
 
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
+from sparse_compiler.runtime import row_score_scratch, triton_row_scores
+from sparse_compiler.runtime.hopper_sweep import launch_sweep
 from sparse_compiler.runtime.registry import executor_for
 from sparse_compiler.testing import sparse_attention
 
@@ -31,11 +34,50 @@ CASES = [
     Case(6, 600, 600, dtype=BF16, dim=256, name="key_means", **COMMON),
     Case(7, 600, 600, dtype=BF16, dim=16, groups=1, name="low_rank", **COMMON),
 ]
+#: Long enough that Hopper's kernel for whole key blocks goes first.
+SWEPT_CASES = [
+    Case(11, 9000, 9000, dtype=BF16, dim=64, groups=3, name="low_rank", **COMMON),
+    Case(12, 8448, 9000, 552, dtype=FP16, dim=128, batch=2, name="low_rank", **COMMON),
+    Case(13, 1500, 20000, 18500, left=9000, dtype=BF16, dim=64, name="low_rank", **COMMON),
+    Case(14, 600, 12000, right=-1, dtype=BF16, dim=64, name="low_rank", **COMMON),
+    Case(15, 9000, 9000, dtype=BF16, dim=64, broken=float("inf"), name="low_rank", **COMMON),
+    Case(
+        16, 9000, 9000, dtype=BF16, dim=16, name="low_rank", device="cuda", block_q=128, block_k=32
+    ),
+    Case(
+        17, 9000, 9000, dtype=BF16, dim=80, name="low_rank", device="cuda", block_q=64, block_k=128
+    ),
+    Case(18, 8500, 8500, dtype=BF16, dim=32, name="low_rank", **COMMON),
+]
 
 
+@pytest.fixture
+def pytorch_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions that kernels find are others, as good (test_sketch_gpu.py); lists then differ."""
+    monkeypatch.setattr(triton_row_scores, "sketch_fits", lambda request: False)
+
+
+@pytest.mark.usefixtures("pytorch_sketches")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.seed}")
 def test_the_kernels_list_what_pytorch_lists(case: Case) -> None:
     assert_agrees(case, executor_for("triton", "cuda"))
+
+
+@pytest.mark.usefixtures("pytorch_sketches")
+@pytest.mark.parametrize("size", [1 << 30, 1 << 24])
+@pytest.mark.parametrize("case", SWEPT_CASES, ids=lambda case: f"{case.name}-{case.seed}")
+def test_whole_key_blocks_are_swept(case: Case, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = []
+
+    def launched(*arguments: Any) -> None:
+        swept.append(arguments)
+        launch_sweep(*arguments)
+
+    monkeypatch.setattr(triton_row_scores, "launch_sweep", launched)
+    monkeypatch.setattr(row_score_scratch, "_BYTES", size)
+    monkeypatch.setattr(row_score_scratch, "_LEAST_ROWS", 1024)
+    assert_agrees(case, executor_for("triton", "cuda"))
+    assert bool(swept) == (torch.cuda.get_device_capability()[0] == 9)
 
 
 @pytest.mark.parametrize("block_q", [64, 128])

@@ -7,19 +7,24 @@ A program of its own, because ``TRITON_INTERPRET`` is read when a kernel is deco
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, example, given, settings
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from row_score_cases import Case, assert_agrees, cases  # noqa: E402
 
+from sparse_compiler.codegen.row_scores_spec import RowScoresSpec  # noqa: E402
+from sparse_compiler.codegen.sweep_spec import SweepSpec  # noqa: E402
 from sparse_compiler.ir.pattern import HeadPattern  # noqa: E402
 from sparse_compiler.patterns import registry  # noqa: E402
+from sparse_compiler.runtime import row_score_scratch, triton_row_scores  # noqa: E402
 from sparse_compiler.runtime.select import select_index, summarize  # noqa: E402
 from sparse_compiler.runtime.triton_executor import TritonExecutor  # noqa: E402
 from sparse_compiler.testing import parameters  # noqa: E402
@@ -60,8 +65,108 @@ def a_mixed_layer_is_listed_pattern_by_pattern() -> None:
             assert torch.equal(got[:, slot], want[:, slot]), name
 
 
+class SmallSweep(SweepSpec):
+    """Tiles of 64 rows and 16 key blocks: the interpreter is slow."""
+
+    @property
+    def tile(self) -> int:
+        return 16
+
+
+def small_sweep(
+    spec: RowScoresSpec, device: torch.device, num_q: int, num_k: int
+) -> SweepSpec | None:
+    return SmallSweep(
+        dtype="float16",
+        head_dim=spec.head_dim,
+        groups=spec.groups,
+        heads=spec.heads,
+        per_block=spec.per_block,
+        every=spec.every,
+        block_k=spec.block_k,
+        rows=64,
+        sweep_step=spec.rows,
+    )
+
+
+def swept_in_pytorch(
+    cache: object,
+    spec: SweepSpec,
+    queries: Tensor,
+    keys: Tensor,
+    params: Tensor,
+    rows: Tensor,
+    slab: Tensor,
+    tops: Tensor,
+    totals: Tensor,
+    sizes: Mapping[str, int],
+) -> None:
+    """What the Hopper kernel does, which no interpreter runs, by its definition."""
+    slab.fill_(float("nan"))
+    tops.fill_(float("nan"))
+    totals.fill_(float("nan"))
+    lines, key_tiles, chunk_rows = tops.shape
+    first_row = sizes["first_tile"] * (chunk_rows // sizes["tiles"])
+    size, step = spec.block_k, spec.sweep_step
+    for line in range(lines):
+        b, slot = divmod(sizes["first_line"] + line, sizes["num_slots"])
+        head = int((params[:, 4] == slot).nonzero()[0])
+        q_start, q_rows, shift, kv_start, kv_keys = rows[b].tolist()
+        for row in range(0, chunk_rows, step):
+            place = first_row + row
+            if place < q_start or place + step > min(q_start + q_rows, sizes["num_q"]):
+                continue
+            low, high = max(0, kv_start), min(kv_start + kv_keys, sizes["num_k"])
+            if sizes["left"] >= 0:
+                low = max(low, place + step - 1 + shift - sizes["left"])
+            if sizes["right"] >= 0:
+                high = min(high, place + shift + sizes["right"] + 1)
+            begin, end = -(-low // (16 * size)) * 16, max(0, high) // size
+            for tile in range(begin // spec.tile, -(-end // spec.tile) if end > begin else 0):
+                part = slice(max(begin, tile * spec.tile), min(end, (tile + 1) * spec.tile))
+                SWEPT.append((line, place, part))
+                near = keys[b, head // spec.groups, :, part].float()
+                scores = torch.einsum("rd,pnd->rnp", queries[b, head, place : place + step], near)
+                scores *= SCALE * 1.4426950408889634
+                best = scores.amax(-1)
+                # Tiles of 64 rows and 64 blocks.
+                tiled = slab[line].view(-1, slab.shape[2] // 64, 64, 64)
+                for column, block in enumerate(range(part.start, part.stop)):
+                    tiled[row // 64, block // 64, :, block % 64] = best[:, column]
+                top = best.amax(-1)
+                weight = (best - top[:, None]).exp2().sum(-1)
+                sampled = scores[..., spec.every // 2 :: spec.every] - top[:, None, None]
+                tops[line, tile, row : row + step] = top
+                sampled = spec.every * sampled.exp2().sum((1, 2))
+                totals[line, tile, row : row + step] = weight + sampled
+
+
+SCALE = 0.5
+SWEPT: list[tuple[int, int, slice]] = []
+SWEPT_CASES = [
+    Case(seed=1, num_q=300, num_k=600, offset=300, dim=16, groups=1),
+    Case(seed=2, num_q=400, num_k=400, batch=2, dim=16, groups=2, block_q=64),
+    Case(seed=3, num_q=200, num_k=900, offset=700, left=640, dim=16, groups=1),
+    Case(seed=4, num_q=130, num_k=520, right=-1, dim=16, groups=1, numbers=((200_000, 2),)),
+]
+
+
+def what_was_swept_before_counts() -> None:
+    """``score`` leaves out what another kernel did, takes its sums, and works in pieces."""
+    triton_row_scores.sweep_spec = small_sweep
+    triton_row_scores.launch_sweep = swept_in_pytorch
+    row_score_scratch._LEAST_ROWS = 64
+    for size in (1 << 30, 1 << 18):
+        row_score_scratch._BYTES = size
+        for case in SWEPT_CASES:
+            SWEPT.clear()
+            assert_agrees(replace(case, name="low_rank"), EXECUTOR)
+            assert SWEPT, case
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     EXECUTOR = TritonExecutor(Path(sys.argv[1]))
     a_mixed_layer_is_listed_pattern_by_pattern()
     the_lists_agree()
+    what_was_swept_before_counts()

@@ -1,0 +1,62 @@
+"""Spec of the Hopper kernel that finds the best groups of whole key blocks for many rows."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from sparse_compiler.codegen.row_scores_spec import SLAB_UNIT
+from sparse_compiler.codegen.spec import KernelSpec, power_of_two
+
+__all__ = ["SweepSpec"]
+
+#: Bytes of keys in shared memory; with two bytes an element and little else beside them.
+_KEYS = 128 * 1024
+_WARPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec(KernelSpec):
+    """The ``sweep`` kernel of sm_90: float16 operands, ``head_dim`` of 16 or 32.
+
+    Args:
+        heads: query heads of the layer, Hq.
+        per_block: groups of a key block, a power of two from 4.
+        every: one of so many groups counts for a row's normaliser, a power of two.
+        block_k: N.
+        rows: that pass together, 64 for each warp group.
+        sweep_step, sweep_align: rows and key blocks of a tile of ``score``, which takes the rest.
+        unroll: products that are under way at once; divides ``per_block``.
+    """
+
+    heads: int
+    per_block: int = 64
+    every: int = 32
+    block_k: int = 64
+    rows: int = 16 * _WARPS
+    sweep_step: int = 64
+    sweep_align: int = 16
+    num_warps: int = _WARPS
+    unroll: int = 4
+
+    @property
+    def tile(self) -> int:
+        """Key blocks of a program: what fits in shared memory, and in registers."""
+        return min(64, _KEYS // (2 * self.per_block * self.head_dim))
+
+    @property
+    def every_bits(self) -> str:
+        """``every`` in float16, as four hexadecimal digits."""
+        return struct.pack(">e", self.every).hex()
+
+    @property
+    def slab_unit(self) -> int:
+        return SLAB_UNIT
+
+    @property
+    def heads_pad(self) -> int:
+        return power_of_two(self.heads)
+
+    @property
+    def template(self) -> str:
+        return "sweep_hopper.py.jinja"

@@ -1,0 +1,128 @@
+"""Memory that scoring rows needs for a while, and the launches that it is cut into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compiler.codegen.row_scores_spec import SLAB_UNIT, RowScoresSpec
+from sparse_compiler.codegen.sweep_spec import SweepSpec
+
+__all__ = ["Chunk", "Scratch", "chunks_of", "scratch_for"]
+
+#: Bytes that are in use at once, where the smallest piece of work allows it.
+_BYTES = 1 << 30
+_LEAST_ROWS = 4096  # of a launch: fewer leave the last programs alone
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The lines (a head of a batch entry each) and the tiles of rows of one launch."""
+
+    first_line: int
+    lines: int
+    first_tile: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """See the glossary of row_scores.py.jinja.
+
+    Args:
+        scores: float16 [lines, row blocks, slab size], of one chunk.
+        slab: float16 [programs, rows, slab size], or [lines, rows, slab size] of a swept chunk, in
+            tiles of ``SLAB_UNIT`` x ``SLAB_UNIT``.
+        tops, totals: float32 [lines, key tiles, rows] of a swept chunk, else without elements.
+        programs: of ``score``, at most.
+    """
+
+    scores: Tensor
+    slab: Tensor
+    tops: Tensor
+    totals: Tensor
+    programs: int
+    chunks: tuple[Chunk, ...]
+
+    def swept(self, chunk: Chunk, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slab, tops and totals of a chunk whose tiles have so many rows."""
+        lines, length = chunk.lines, chunk.tiles * rows
+        slab, tops = self.slab.shape[2], self.tops.shape[1]
+        return (
+            self.slab.flatten()[: lines * length * slab].view(lines, length, slab),
+            self.tops.flatten()[: lines * length * tops].view(lines, tops, length),
+            self.totals.flatten()[: lines * length * tops].view(lines, tops, length),
+        )
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    """Programs of ``score`` that a device runs at once, twice as many where registers are bounded;
+    two in the interpreter, to show the loop."""
+    if device.type != "cuda":
+        return 2
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def chunks_of(lines: int, tiles: int, size: int, unit: int, least: int) -> tuple[Chunk, ...]:
+    """Cut ``lines`` x ``tiles`` pieces of work into launches of nearly equal size.
+
+    Args:
+        size: bytes of scratch for one tile of one line.
+        unit: a launch takes a multiple of so many tiles, but for the last.
+        least: tiles of a launch that are worth more than all lines at once.
+    """
+    room = max(1, _BYTES // size)
+    least = min(least, tiles)
+    together = lines if lines * least <= room else max(1, room // least)
+    together = -(-lines // -(-lines // together))
+    most = max(1, min(tiles, room // together) // unit) * unit
+    most = -(-tiles // -(-tiles // most))
+    most = -(-most // unit) * unit
+    return tuple(
+        Chunk(line, min(together, lines - line), tile, min(most, tiles - tile))
+        for line in range(0, lines, together)
+        for tile in range(0, tiles, most)
+    )
+
+
+def scratch_for(
+    spec: RowScoresSpec,
+    sweep: SweepSpec | None,
+    lines: int,
+    num_q: int,
+    key_blocks: int,
+    device: torch.device,
+) -> Scratch:
+    """Scratch and launches for so many lines of ``num_q`` rows."""
+    tiles = -(-num_q // spec.rows)
+    # A tile of `score` may begin at the last key block.
+    slab_size = -(-(key_blocks + spec.tile - 1) // SLAB_UNIT) * SLAB_UNIT
+    key_tiles = -(-key_blocks // sweep.tile) if sweep is not None else 0
+    size = spec.rows // spec.block_q * slab_size * 2
+    unit, least = 1, tiles
+    if sweep is not None:
+        size += spec.rows * (2 * slab_size + 8 * key_tiles)
+        unit, least = sweep.rows // spec.rows, _LEAST_ROWS // spec.rows
+    chunks = chunks_of(lines, tiles, size, unit, least)
+    most_lines = max((chunk.lines for chunk in chunks), default=0)
+    most_tiles = max((chunk.tiles for chunk in chunks), default=0)
+    programs = _programs(device) * (2 if spec.max_registers else 1)
+    programs = min(most_lines * most_tiles, programs)
+    half: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    parts = most_tiles * spec.rows // spec.block_q
+    rows = (most_lines, most_tiles * spec.rows)
+    held = rows if sweep is not None else (programs, spec.rows)
+    tops = torch.empty(rows[0], key_tiles, rows[1], dtype=torch.float32, device=device)
+    return Scratch(
+        scores=torch.empty(most_lines, parts, slab_size, **half),
+        slab=torch.empty(*held, slab_size, **half),
+        tops=tops,
+        totals=torch.empty_like(tops),
+        programs=programs,
+        chunks=chunks,
+    )
