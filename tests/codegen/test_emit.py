@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import pytest
+from row_score_specs import HALF, SWEEP, SWEPT
 
 from sparse_compiler.codegen import emit as emit_module
 from sparse_compiler.codegen.emit import emit
@@ -68,20 +69,9 @@ SPECS: dict[str, KernelSpec] = {
     "attend_hopper": HopperSpec(dtype="bfloat16", head_dim=128, value_dim=128, groups=4),
     "work_list": WorkListSpec(packed=True, has_blocks=True, window=True, key_mask=True),
     "probe": ProbeSpec(dtype="bfloat16", head_dim=128, groups=4, heads=4, last_rows=True),
-    "row_scores": RowScoresSpec(
-        dtype="float16",
-        head_dim=16,
-        groups=4,
-        heads=32,
-        group=1,
-        every=32,
-        rows=64,
-        num_stages=3,
-        half=True,
-        packed=True,
-        unroll=4,
-        max_registers=128,
-    ),
+    "row_scores": HALF,
+    "row_scores_swept": SWEPT,
+    "sweep": SWEEP,
     "row_scores_means": RowScoresSpec(
         dtype="bfloat16", head_dim=80, groups=2, heads=8, window=True, key_mask=True
     ),

@@ -17,26 +17,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
 
 from ahead import load
+from row_score_specs import HALF
 
 from sparse_compiler.codegen.row_scores_spec import RowScoresSpec
 from sparse_compiler.runtime.ahead import TARGETS, Launch, Report, compile_launch, report_of
 
 COMMON = {"keys": "*fp16", "slabs": "*fp16", "scores": "*fp16", "broken": "*u8"}
-HALF = RowScoresSpec(
-    dtype="float16",
-    head_dim=16,
-    groups=4,
-    heads=32,
-    group=1,
-    every=32,
-    rows=64,
-    tile=64,
-    num_stages=3,
-    half=True,
-    packed=True,
-    unroll=4,
-    max_registers=128,
-)
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:

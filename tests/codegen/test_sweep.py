@@ -1,0 +1,104 @@
+"""The Hopper kernel that sweeps over whole key blocks compiles for sm_90, and so do those behind it.
+
+It is written in Gluon, for which there is no interpreter: its numbers are tested on a GPU, what the
+kernels behind it make of them in `tests/runtime/interpreted_row_scores.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from ahead import load
+from row_score_specs import SWEEP, SWEPT
+
+from sparse_compiler.codegen.emit import emit
+from sparse_compiler.codegen.row_scores_spec import RowScoresSpec
+from sparse_compiler.codegen.sweep_spec import SweepSpec
+from sparse_compiler.runtime.ahead import (
+    SHARED_LIMIT,
+    TARGETS,
+    Launch,
+    Report,
+    compile_launch,
+    report_of,
+)
+
+BEHIND = {"keys": "*fp16", "slabs": "*fp16", "scores": "*fp16", "scale_log2": "fp32"}
+SHIPPED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": True},
+    "no_causal_order": {"causal": False},
+    "wide": {"head_dim": 32},
+    "small_blocks": {"block_k": 32, "per_block": 32},
+    "large_blocks": {"block_k": 128, "per_block": 128},
+}
+
+
+def swept(spec: SweepSpec, folder: Path) -> Report:
+    module = load(spec, folder)
+    box = [spec.per_block, spec.tile, spec.head_dim]
+    types = {"slab": "*fp16", "key_source": f"tensordesc<fp16{box},{module.WHOLE.value!r}>"}
+    return report_of(compile_launch(Launch(spec, "sweep", {}, types), module, TARGETS["sm_90"]))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_keys_stay_and_nothing_spills(name: str, tmp_path: Path) -> None:
+    spec = replace(SWEEP, **SHIPPED[name])
+    report = swept(spec, tmp_path)
+    assert report.registers <= 65536 // (32 * spec.num_warps), "one program a multiprocessor"
+    assert report.spills == 0
+    keys = 2 * spec.per_block * spec.tile * spec.head_dim
+    assert keys <= report.shared <= min(keys + 1024, SHARED_LIMIT["sm_90"])
+    product = rf"wgmma\.mma_async\S*\.m64n{spec.tile}k16\.f16\.f16\.f16"
+    assert re.search(product, report.assembly)
+    assert "cp.async.bulk.tensor.3d" in report.assembly
+    assert "max.f16x2" in report.assembly
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "no_causal_order"])
+def test_no_barrier_between_warp_groups(name: str, tmp_path: Path) -> None:
+    """Behind the wait for the keys, the warp groups never meet."""
+    assembly = swept(replace(SWEEP, **SHIPPED[name]), tmp_path).assembly
+    assert "bar.sync" not in assembly[assembly.index("wgmma.mma_async") :]
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_four_programs_of_the_rest_fit_a_multiprocessor(window: bool, tmp_path: Path) -> None:
+    spec: RowScoresSpec = replace(SWEPT, window=window)
+    module = load(spec, tmp_path)
+    launch = Launch(spec, "score", spec.launch_options, BEHIND)
+    report = report_of(compile_launch(launch, module, TARGETS["sm_90"]))
+    assert report.registers <= 128
+    assert report.spills <= 64
+    assert report.shared <= 56 * 1024
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_scores_are_read_at_memory_speed(rows: int, tmp_path: Path) -> None:
+    spec = replace(SWEPT, rows=rows, block_q=rows)
+    launch = Launch(spec, "normalise", {"num_warps": 4, "num_stages": 1}, BEHIND)
+    report = report_of(compile_launch(launch, load(spec, tmp_path), TARGETS["sm_90"]))
+    assert report.spills == 0
+    assert "ld.global.v4" in report.assembly
+
+
+def test_offsets_are_wide() -> None:
+    """A slab of a launch is 2^30 bytes at least; a line of 2^20 tokens has more than 2^31 elements."""
+    text = emit(SWEEP)
+    assert "at.to(gl.int64) * chunk_rows * slab_units * UNIT" in text
+    assert "(row // UNIT).to(gl.int64)[:, None] * slab_units" in text
+    assert "(at * key_tiles + tile).to(gl.int64) * chunk_rows" in text
+    text = emit(SWEPT)
+    assert "(at.to(tl.int64) * chunk_rows + part * R) * slab_units * UNIT" in text
+    assert "at.to(tl.int64) * parts * slab_units * UNIT" in text
+    assert "(at * parts + own).to(tl.int64)[:, None] * (slab_units * UNIT)" in text
