@@ -75,11 +75,12 @@ def minference(
 
 def parse_options(options: Mapping[str, Any] | None) -> SparseConfig:
     """Check options against the patterns and executors that exist, plug-ins included."""
+    asked = isinstance(options, Mapping) and options.get("target_recall") is not None
     return SparseConfig.from_options(
         options,
         patterns=tuple(dict.fromkeys((*PATTERNS, *pattern_registry.names()))),
         executors=executor_registry.executor_names(),
-        recalls=pattern_registry.recall_names(),
+        recalls=pattern_registry.recall_names() if asked else (),
     )
 
 

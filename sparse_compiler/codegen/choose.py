@@ -277,7 +277,10 @@ def _break_even(
             shape.at_length(tokens), pattern, constants_of.value, target=target, schedules=schedules
         )
         sparse = ranking.sparse(block_k)
-        return sparse is not None and sparse.ms < ranking.of(Candidate(DENSE)).ms
+        if sparse is None:
+            return False
+        host = constants_of.value.score_host if sparse.terms["score"] > 0 else 0.0
+        return max(sparse.ms, host) < ranking.of(Candidate(DENSE)).ms
 
     # Coarse to fine: the sign changes once, and a wrong side near it costs next to nothing.
     lengths = [2**power for power in range(9, 21)]

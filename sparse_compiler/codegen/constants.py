@@ -61,6 +61,8 @@ class Constants:
         score: ms per 1e12 floating-point operations of scoring rows one by one.
         score_row: ms per 1e6 (row, head) pairs so scored, whatever their keys.
         score_start: ms of a layer with such rows: finding what they are scored against.
+        score_host: ms that the host takes to enqueue such a layer, at least as long as it takes; 0
+            where the other constants hold it, as those of ``minference tune`` do.
     """
 
     device: str
@@ -77,6 +79,7 @@ class Constants:
     score: float
     score_row: float
     score_start: float
+    score_host: float = 0.0
 
 
 @dataclass(frozen=True)

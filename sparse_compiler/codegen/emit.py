@@ -70,7 +70,6 @@ PLAIN_SIZES = {
         "key_tiles",
         "segments",
         "span",
-        "key_blocks",
         "chunk_rows",
         "slab_units",
         "num_heads",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 from sparse_compiler.codegen.row_scores_spec import SLAB_UNIT
@@ -43,11 +42,6 @@ class SweepSpec(KernelSpec):
     def tile(self) -> int:
         """Key blocks of a program: what fits in shared memory, and in registers."""
         return min(64, _KEYS // (2 * self.per_block * self.head_dim))
-
-    @property
-    def every_bits(self) -> str:
-        """``every`` in float16, as four hexadecimal digits."""
-        return struct.pack(">e", self.every).hex()
 
     @property
     def slab_unit(self) -> int:

@@ -141,7 +141,15 @@ def names() -> tuple[str, ...]:
 def recall_names() -> tuple[str, ...]:
     """Names of the patterns that can keep a share of the mass (``Pattern.from_recall``)."""
     _load_plugins()
-    return tuple(name for name, made in _PATTERNS.items() if made.from_recall(0.5) is not None)
+    return tuple(name for name, made in _PATTERNS.items() if _knows_recall(made))
+
+
+def _knows_recall(pattern: Pattern) -> bool:
+    found = source(pattern)
+    if found is None:
+        return pattern.from_recall(0.5) is not None
+    with blamed(found, "it is asked for a recall"):
+        return pattern.from_recall(0.5) is not None
 
 
 def get(name: str) -> Pattern:

@@ -61,7 +61,7 @@ def launch_sweep(
     totals: Tensor,
     sizes: Mapping[str, int],
 ) -> None:
-    """Fill what ``score`` then reads, for the rows and key blocks that ``swept_tiles`` names.
+    """Fill what ``score`` then reads, for the rows and key blocks that ``swept_blocks`` names.
 
     Args:
         queries: float16 [B, Hq, Lq, D], scaled to units of log2.

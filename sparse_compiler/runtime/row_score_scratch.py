@@ -80,9 +80,9 @@ def chunks_of(lines: int, tiles: int, size: int, unit: int, least: int) -> tuple
     least = min(least, tiles)
     together = lines if lines * least <= room else max(1, room // least)
     together = -(-lines // -(-lines // together))
-    most = max(1, min(tiles, room // together) // unit) * unit
-    most = -(-tiles // -(-tiles // most))
-    most = -(-most // unit) * unit
+    units = -(-tiles // unit)
+    most = max(1, min(units, room // together // unit))
+    most = -(-units // -(-units // most)) * unit
     return tuple(
         Chunk(line, min(together, lines - line), tile, min(most, tiles - tile))
         for line in range(0, lines, together)

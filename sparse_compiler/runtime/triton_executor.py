@@ -168,6 +168,8 @@ class TritonExecutor(Executor):
         # causal are those that no kernel scores.
         if not shape.causal and (scored or "band" in parts):
             return usual
+        if scored and shape.dtype == "float32":
+            return usual  # PyTorch's operations find what rows are scored against: never measured
         return _tile(shape, patterns, usual, torch.cuda.get_device_name())
 
     def attend(

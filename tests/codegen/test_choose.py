@@ -97,9 +97,24 @@ def test_scored_rows_break_even_where_they_did(heads: list[int]) -> None:
     rows = [row for row in measured() if row["heads"] == heads]
     slower = [row["tokens"] for row in rows if row["ours_ms"] >= row["cudnn_ms"]]
     faster = [row["tokens"] for row in rows if row["ours_ms"] < row["cudnn_ms"]]
-    tokens = break_even_tokens(site_of(rows[0]), LOW_RANK, H200, block_k=64)
+    on_device = replace(H200, score_host=0.0)  # what the files hold are device times
+    tokens = break_even_tokens(site_of(rows[0]), LOW_RANK, on_device, block_k=64)
     assert tokens is not None
     assert max(slower, default=4096) < tokens < min(faster)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_rows_are_not_scored_where_dense_is_over_before_the_host_is_ready(narrow: bool) -> None:
+    shape = site(1, **(NARROW if narrow else {}))
+    tokens = break_even_tokens(shape, LOW_RANK, H200, block_k=64)
+    assert tokens is not None
+    assert H200.score_host > 0
+    for length, waits in ((tokens, False), (tokens * 9 // 10, True)):
+        dense = choose_tile(shape.at_length(length), LOW_RANK, H200).of(Candidate(DENSE))
+        assert (dense.ms < H200.score_host) == waits
+    # Other patterns are measured with the host's time in.
+    slash = break_even_tokens(shape, SLASH, H200)
+    assert slash == break_even_tokens(shape, SLASH, replace(H200, score_host=0.0))
 
 
 @pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['heads']} {row['tokens']}")
@@ -117,7 +132,7 @@ def test_dearer_scores_pay_later(name: str, pattern: HeadPattern, narrow: bool) 
     shape = site(1, **(NARROW if narrow else {}))
     found = []
     for factor in (0.25, 1.0, 4.0):
-        constants = replace(H200, **{name: getattr(H200, name) * factor})
+        constants = replace(H200, score_host=0.0, **{name: getattr(H200, name) * factor})
         tokens = break_even_tokens(shape, pattern, constants, block_k=64)
         found.append(tokens or 2**30)
     assert found == sorted(found)

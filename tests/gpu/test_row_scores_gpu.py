@@ -48,6 +48,12 @@ SWEPT_CASES = [
         17, 9000, 9000, dtype=BF16, dim=80, name="low_rank", device="cuda", block_q=64, block_k=128
     ),
     Case(18, 8500, 8500, dtype=BF16, dim=32, name="low_rank", **COMMON),
+    # Narrow windows leave rows that see no whole block between others that do.
+    Case(19, 3000, 16500, 13500, left=127, dtype=BF16, dim=64, name="low_rank", **COMMON),
+    Case(20, 3000, 16500, 13500, left=767, dtype=BF16, dim=64, name="low_rank", **COMMON),
+    Case(
+        21, 3000, 16500, 13500, left=300, right=300, dtype=BF16, dim=64, name="low_rank", **COMMON
+    ),
 ]
 
 

@@ -53,7 +53,7 @@ TRUE = replace(
     select_pair=1.2,
     score=2.0,
     score_row=1.5,
-    score_start=0.9,
+    score_start=0.3,
     tiles={
         DENSE: TileConstants(matrix=1.1, exponent=0.35, program=0.01),
         "plain:64x64": TileConstants(matrix=1.6, exponent=0.2, gather=0.05, test=0.1, program=0.03),
