@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparse_compiler.config import MAX_NUMBER
-from sparse_compiler.errors import OptionInvalid
+from sparse_compiler.errors import OptionInvalid, PatternInvalid
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.listed import Listed
 from sparse_compiler.patterns.row_scores import MILLION, RowScored
 
 __all__ = ["GRAMMAR", "Candidate", "default_candidates", "parse_candidates"]
@@ -20,6 +22,7 @@ _NUMBER = re.compile(r"(?P<number>\d*)(?P<grows>\*?)")
 
 #: Steps from nothing to everything along ``Pattern.from_budget``, or down a threshold.
 _BUDGET_STEPS = 4096
+_WHOLE = 1000  # per mille
 
 _KNOWN: dict[str, tuple[str, ...]] = {
     "a_shape": ("a_shape(128,*)",),
@@ -71,7 +74,10 @@ class Candidate:
         if self._falls:
             share = step / _BUDGET_STEPS
             return HeadPattern(self.pattern, round(MILLION ** (1 - share)), self.numbers[1][0])
-        first, second = (min(n + g * step, max(n, num_keys)) for n, g in self.numbers)
+        most = (_WHOLE if self._shares else num_keys, num_keys)
+        first, second = (
+            min(n + g * step, max(n, m)) for (n, g), m in zip(self.numbers, most, strict=True)
+        )
         return HeadPattern(self.pattern, first, second)
 
     def carried(
@@ -87,10 +93,10 @@ class Candidate:
         Fixed numbers and thresholds stay.
         """
         if self.numbers is None:
-            steps = {
-                self.at(step, num_keys, block_q, causal): step
-                for step in range(_BUDGET_STEPS, 0, -1)
-            }
+            steps = {}
+            for step in range(_BUDGET_STEPS, 0, -1):
+                with contextlib.suppress(PatternInvalid):  # it was not found by that step
+                    steps[self.at(step, num_keys, block_q, causal)] = step
             return [h and self.at(steps[h], tokens, block_q, causal) for h in heads]
         return [h and self._scaled(h, num_keys, tokens) for h in heads]
 
@@ -106,11 +112,18 @@ class Candidate:
         assert self.numbers is not None
         if self._falls:
             return head
+        counts = (self.numbers[0][1] > 0 and not self._shares, self.numbers[1][1] > 0)
+        # A count of 0 would say something else.
         first, second = (
-            round(number * tokens / num_keys) if grows else number
-            for number, (_, grows) in zip((head.first, head.second), self.numbers, strict=True)
+            max(1, round(number * tokens / num_keys)) if counted and number else number
+            for number, counted in zip((head.first, head.second), counts, strict=True)
         )
         return HeadPattern(self.pattern, first, second)
+
+    @property
+    def _shares(self) -> bool:
+        """The first number is per mille of something, or a threshold, and no count."""
+        return isinstance(registry.get(self.pattern), Listed)
 
     @property
     def _falls(self) -> bool:
@@ -127,8 +140,11 @@ class Candidate:
 
 
 def default_candidates() -> tuple[Candidate, ...]:
-    """Every registered pattern, plug-ins included, but dense; some in several splits."""
-    names = [name for name in registry.names() if name != "dense"]
+    """Every registered pattern, plug-ins included, but dense; some in several splits.
+
+    What repeats another pattern's choice is left out (``_repeats``).
+    """
+    names = [name for name in registry.names() if name != "dense" and not _repeats(name)]
     texts = [text for name in names for text in _KNOWN.get(name, (name,))]
     return parse_candidates(texts)
 
@@ -170,12 +186,23 @@ def _parse(text: str) -> Candidate:
     return Candidate(match["name"], (numbers[0], numbers[1]))
 
 
+def _repeats(name: str) -> bool:
+    """It is another pattern with a share of the mass to keep in place of that one's first number.
+
+    Such patterns are for ``target_recall``; they rank blocks as the other does.
+    """
+    found, by_share = registry.get(name), registry.recall_names()
+    others = (registry.get(other) for other in registry.names() if other not in by_share)
+    return name in by_share and any(
+        isinstance(found, type(other)) and type(found).choose is type(other).choose
+        for other in others
+    )
+
+
 def _by_threshold(name: str) -> bool:
     """The first number is what a block must hold of a row's mass: the smaller, the more is kept."""
-    pattern = registry.get(name)
-    # Where it is a share to be kept of all mass, recall can be asked for.
-    from_recall = getattr(pattern, "from_recall", lambda recall: None)
-    return isinstance(pattern, RowScored) and from_recall(0.5) is None
+    # Of those whose first number is a share to be kept of all mass, recall can be asked for.
+    return isinstance(registry.get(name), RowScored) and name not in registry.recall_names()
 
 
 def _number(part: str, text: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from sparse_compiler.search.trial import (
     Grown,
     Trial,
     clock_share,
+    densities_at,
     grow_by_clock,
     grow_by_model,
     head_groups,
@@ -89,10 +90,10 @@ def try_layer(
     for heads, group in head_groups(call):
         for c in range(count):
             grown = [_pattern(plan, record, c, head) for head in heads]
-            found = _try(group, grown, size, with_error=not plan.by_logits)
+            there = [_pattern(plan, record, c, head, carried=True) for head in heads]
+            found = _try(group, grown, there, size, shape.num_k, with_error=not plan.by_logits)
             errors[c] += found[0]
             densities[c] += found[1]
-            there = [_pattern(plan, record, c, head, carried=True) for head in heads]
             costs[c] += [
                 math.inf if p is None or plan.clock else plan.cost.share(shape, p, d, size)
                 for p, d in zip(there, found[1], strict=True)
@@ -183,11 +184,16 @@ def _check_served(found: Sequence[Grown], plan: Plan, where: str, tokens: int) -
 def _try(
     group: AttentionCall,
     patterns: Sequence[HeadPattern | None],
+    there: Sequence[HeadPattern | None],
     size: tuple[int, int],
+    tokens: int,
     *,
     with_error: bool,
 ) -> tuple[list[float], list[float]]:
-    """Errors and densities of some heads; infinite for those without a pattern."""
+    """Errors of some heads, and densities at ``tokens`` tokens; infinite for those without a pattern.
+
+    ``there``: the patterns with numbers for that length.
+    """
     stand_in = next((p for p in patterns if p is not None), None)
     missing = [math.inf] * len(patterns)
     if stand_in is None:
@@ -195,7 +201,10 @@ def _try(
     trial = Trial(group, [p or stand_in for p in patterns], size)
     index = trial.select()
     errors = trial.errors(trial.attend(index)) if with_error else missing
-    densities = trial.densities(index)
+    instead = next(p for p in there if p is not None)
+    densities = densities_at(group, [p or instead for p in there], size, tokens)
+    if densities is None:
+        densities = trial.densities(index)
     return (
         [e if p is not None else math.inf for e, p in zip(errors, patterns, strict=True)],
         [d if p is not None else math.inf for d, p in zip(densities, patterns, strict=True)],

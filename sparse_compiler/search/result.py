@@ -30,7 +30,8 @@ class HeadChoice:
         error: relative L2 error against dense, of the attention output or of the logits.
         cost: share of dense attention's time at the length of the longest sample, or at the one asked
             for, for a layer whose heads all are like this one.
-        density: computed over allowed pairs, on the longest sample.
+        density: computed over allowed pairs, on the longest sample; where another length is asked
+            for, what is predicted there.
         errors: of every candidate that could be used, by its text.
         maps: (attention, kept) where they were asked for; see ``maps``.
     """
@@ -111,7 +112,8 @@ def result_of(state: SearchState, plan: Plan, tokens: Sequence[int], executor: s
     notes = [plan.cost.note if not plan.clock else f"cost measured with executor {executor}"]
     if plan.for_tokens:
         notes.append(
-            f"numbers and costs are for {plan.for_tokens} tokens, with the densities of the samples"
+            f"numbers, densities and costs are for {plan.for_tokens} tokens, predicted from the "
+            "samples; errors are of the samples"
         )
     notes += _uncharged(plan)
     if empty:

@@ -17,7 +17,7 @@ from sparse_compiler.errors import OptionInvalid
 
 __all__ = ["LayerRecord", "SearchState", "digest_of", "digest_of_model", "load_state", "save_state"]
 
-FORMAT = 1
+FORMAT = 2
 _SAMPLED = 64
 
 Numbers = tuple[int, int]
@@ -32,7 +32,8 @@ class LayerRecord(msgspec.Struct):
         carried: the same for the length that was asked for; empty where that is the sample's.
         least: cost of each candidate's smallest numbers.
         reasons: why a candidate cannot be used at all, "" where it can.
-        errors, costs, densities: of each sample that is done.
+        errors, costs, densities: of each sample that is done; costs and densities at the length that
+            was asked for.
         maps: of the last sample, a (mass, kept) pair for each head; see ``maps``.
     """
 

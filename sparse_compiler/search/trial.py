@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 
 from sparse_compiler.errors import PatternInvalid
-from sparse_compiler.ir.index import AttentionIndex
+from sparse_compiler.ir.index import AttentionIndex, automatic_blocks, capacity_blocks
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.ir.shape import NEVER, SiteShape
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits
+from sparse_compiler.patterns.block_sparse import PUBLISHED_BLOCK
+from sparse_compiler.patterns.listed import Listed
 from sparse_compiler.runtime import dispatch, recorder
 from sparse_compiler.runtime.observe import AttentionCall
 from sparse_compiler.search.candidates import Candidate
 from sparse_compiler.search.costs import CostModel, measure
+from sparse_compiler.search.extrapolate import density_at
 
 __all__ = [
     "Grown",
     "Trial",
     "clock_share",
+    "densities_at",
     "grow_by_clock",
     "grow_by_model",
     "head_groups",
@@ -149,6 +153,60 @@ class Trial:
         return found
 
 
+def densities_at(
+    call: AttentionCall, heads: Sequence[HeadPattern], size: tuple[int, int], tokens: int
+) -> list[float] | None:
+    """Shares of the allowed pairs that heads would keep at another length, from what a call shows.
+
+    Each row block lists what matters to it, up to the bound of the other length: the sample's own
+    would hide how many that are. The sample's first half shows how that grows with the length. See
+    ``extrapolate.density_at``.
+
+    Args:
+        heads: of one pattern, with numbers for ``tokens`` tokens; one for each query head.
+    Returns:
+        None where what rows keep by their position says nothing of another length: of patterns that
+        do not choose by a threshold, under windows, padding, and masks that are not causal.
+    """
+    pattern, num_keys = registry.get(heads[0].name), call.k.shape[2]
+    if tokens == num_keys or not isinstance(pattern, Listed) or not _sees_all_before(call):
+        return None
+    most = automatic_blocks(tokens, PUBLISHED_BLOCK)
+    asked = [replace(h, second=h.second or most) for h in heads]
+    half = num_keys // 2 // size[0] * size[0]
+    # Where a bias would have to be cut too, rows are taken to list as much in a longer prompt.
+    shorter = _listed(_first(call, half), asked, size) if half and call.bias is None else None
+    limits = [pattern.limits(head, *size, call.banded).blocks for head in heads]
+    bound = torch.tensor([capacity_blocks(limit, tokens, size[1]) for limit in limits])
+    counts = _listed(call, asked, size)
+    return density_at(counts, num_keys, size, tokens, bound, shorter).tolist()
+
+
+def _listed(call: AttentionCall, heads: Sequence[HeadPattern], size: tuple[int, int]) -> Tensor:
+    """Key blocks that each row block lists, the mean over the batch, float64 [H, row blocks]."""
+    index = Trial(call, heads, size).select()
+    return index.num_blocks.double().mean(0)[index.slots[:, 1].long()].cpu()
+
+
+def _first(call: AttentionCall, tokens: int) -> AttentionCall:
+    """A call for which ``_sees_all_before`` holds, of its first tokens alone, without a bias."""
+    whole = call.rows.new_tensor([0, tokens, 0, 0, tokens])
+    place = slice(None), slice(None), slice(tokens)
+    return replace(
+        call,
+        rows=whole.expand_as(call.rows).contiguous(),
+        **{name: getattr(call, name)[place] for name in ("q", "k", "v", "out", "lse")},
+    )
+
+
+def _sees_all_before(call: AttentionCall) -> bool:
+    """Row i of every batch entry sees the keys up to i, and nothing else hides any."""
+    num_q, num_k, geometry = call.q.shape[2], call.k.shape[2], call.geometry
+    whole = call.rows.new_tensor([0, num_q, 0, 0, num_k])
+    plain = call.banded and geometry.left < 0 and geometry.q_offset == 0 and num_q == num_k
+    return plain and call.key_mask is None and bool((call.rows == whole).all())
+
+
 @dataclass(frozen=True)
 class Grown:
     """What a candidate became for each head.
@@ -183,7 +241,8 @@ def grow_by_model(
     """Grow a candidate for each head of a call until its predicted cost reaches the budget.
 
     The prediction knows the share of pairs that the head's own index covers, so that scattered
-    distances of one head and those of another that lie together cost what they cost.
+    distances of one head and those of another that lie together cost what they cost. At another
+    length the share is that of ``densities_at``, or else the sample's.
 
     Args:
         call: one group of heads of the layer.
@@ -196,11 +255,12 @@ def grow_by_model(
         return candidate.at(step, num_keys, size[0], call.banded)
 
     def shares(steps: Sequence[int]) -> list[float]:
-        heads = [numbers(step) for step in steps]
-        trial = Trial(call, heads, size)
-        densities = trial.densities(trial.select())
         place = (num_keys, shape.num_k, size[0], call.banded)
         there = [candidate.priced(step, *place) for step in steps]
+        densities = densities_at(call, there, size, shape.num_k)
+        if densities is None:
+            trial = Trial(call, [numbers(step) for step in steps], size)
+            densities = trial.densities(trial.select())
         return [cost.share(shape, h, d, size) for h, d in zip(there, densities, strict=True)]
 
     try:

@@ -7,6 +7,8 @@ import pytest
 from sparse_compiler.errors import OptionInvalid
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
+from sparse_compiler.patterns.base import BlockChoice, SelectRequest
+from sparse_compiler.patterns.key_means import KeyMeans
 from sparse_compiler.search.candidates import default_candidates, parse_candidates
 
 BY_THRESHOLD = ["key_groups", "key_means", "low_rank"]
@@ -98,11 +100,36 @@ def test_a_patterns_own_budget_is_carried_to_another_length(name: str) -> None:
     assert shares[1] == pytest.approx(shares[0], rel=0.1)
 
 
-def test_every_pattern_but_dense_is_a_default_and_some_come_in_splits() -> None:
+def test_every_pattern_but_dense_and_repetitions_is_a_default_and_some_come_in_splits() -> None:
     found = default_candidates()
-    assert {c.pattern for c in found} == set(registry.names()) - {"dense"}
+    left_out = {"dense", "low_rank_recall", "switching_recall"}
+    assert {c.pattern for c in found} == set(registry.names()) - left_out
     assert sum(c.pattern == "vertical_slash" for c in found) >= 3
     assert not any(c.fixed for c in found)
+
+
+def test_what_repeats_another_patterns_choice_is_known_by_its_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A share of the mass in place of the other's number; not one that chooses by itself."""
+
+    class ByShare(KeyMeans):
+        name, number, widest, is_share = "by_share", 4242, 1000, True
+
+    class Other(ByShare):
+        name, number = "other", 4243
+
+        def choose(self, request: SelectRequest) -> BlockChoice:
+            return super().choose(request)
+
+    class Twin(KeyMeans):
+        name, number = "twin", 4244
+
+    for kind in (ByShare, Other, Twin):
+        monkeypatch.setitem(registry._PATTERNS, kind.name, kind())
+    found = {c.pattern for c in default_candidates()}
+    assert "by_share" not in found and {"key_means", "other", "twin"} <= found
+    assert parse_candidates(["by_share"])[0].pattern == "by_share"
 
 
 def test_equal_candidates_count_once() -> None:
@@ -136,3 +163,20 @@ def test_other_texts_are_refused(text: str) -> None:
 def test_no_candidates_are_refused() -> None:
     with pytest.raises(OptionInvalid, match="at least one"):
         parse_candidates([])
+
+
+@pytest.mark.parametrize("name", ["adaptive", "antidiagonal", "switching", "low_rank_recall"])
+def test_a_share_grows_to_the_whole_and_is_no_count(name: str) -> None:
+    candidate = parse_candidates([f"{name}(*,*)"])[0]
+    place = (16384, 131072, 64, True)
+    found = [candidate.at(step, 16384, 64, True) for step in (300, 1000, 5000)]
+    assert [head.first for head in found] == [300, 1000, 1000]
+    there = candidate.carried(found, *place)
+    assert [(h.first, h.second) for h in there if h] == [(300, 2400), (1000, 8000), (1000, 40000)]
+
+
+def test_a_bound_never_becomes_automatic() -> None:
+    candidate = parse_candidates(["low_rank(1,*)"])[0]
+    (head,) = candidate.carried([HeadPattern("low_rank", 1, 1)], 16384, 4096, 64, True)
+    assert head is not None
+    assert head.second == 1
