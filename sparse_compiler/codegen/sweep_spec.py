@@ -24,7 +24,8 @@ class SweepSpec(KernelSpec):
         every: one of so many groups counts for a row's normaliser, a power of two.
         block_k: N.
         rows: that pass together, 64 for each warp group.
-        sweep_step, sweep_align: rows and key blocks of a tile of ``score``, which takes the rest.
+        sweep_step, sweep_align: rows and key blocks of a tile of ``score``, which takes the rest; few
+            blocks, because most are cut.
         unroll: products that are under way at once; divides ``per_block``.
     """
 

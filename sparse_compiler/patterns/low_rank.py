@@ -18,11 +18,11 @@ from sparse_compiler.patterns.ranking import real_rows
 from sparse_compiler.patterns.row_scores import RowScored
 from sparse_compiler.patterns.visible import visible_keys
 
-__all__ = ["RANK", "LowRank", "projections", "sketches"]
+__all__ = ["RANK", "SAMPLES", "TURNS", "LowRank", "projections", "sketches"]
 
 RANK = 16
-_SAMPLES = 4096  # rows, and keys, from which second moments are taken
-_TURNS = 2  # of the subspace iteration, two steps each
+SAMPLES = 4096  # rows, and keys, from which second moments are taken
+TURNS = 2  # of the subspace iteration, two steps each
 
 
 def sketches(request: SelectRequest) -> Scored:
@@ -63,13 +63,13 @@ def projections(request: SelectRequest) -> tuple[Tensor, Tensor, Tensor]:
     """
     q, k = request.q, request.k
     (batch, _, num_q, dim), (_, kv_heads, num_k, _) = q.shape, k.shape
-    every = -(-num_q // _SAMPLES)
+    every = -(-num_q // SAMPLES)
     first, past = (t[:, None, None, None] for t in real_rows(request))
     place = torch.arange(0, num_q, every, device=q.device)[:, None]
     rows = q[:, :, ::every].float()
     rows = torch.where((place >= first) & (place < past) & rows.isfinite(), rows, 0)
     rows = rows.reshape(batch, kv_heads, -1, dim).double()
-    every = -(-num_k // _SAMPLES)
+    every = -(-num_k // SAMPLES)
     visible = visible_keys(request.rows, request.key_mask, num_k)[:, None, ::every, None]
     keys = torch.where(visible & k[:, :, ::every].isfinite(), k[:, :, ::every].double(), 0)
     count = visible.sum(2).clamp(min=1)
@@ -84,7 +84,7 @@ def projections(request: SelectRequest) -> tuple[Tensor, Tensor, Tensor]:
     step = of_keys @ of_rows
     step = step @ step
     step = step / step.abs().amax((-1, -2), keepdim=True).clamp(min=1e-100)
-    for _ in range(_TURNS):
+    for _ in range(TURNS):
         basis = _orthonormal(step @ basis, of_rows)
     return basis.float(), (of_rows @ basis).float(), mean.float()
 

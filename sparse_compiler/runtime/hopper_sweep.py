@@ -18,7 +18,6 @@ __all__ = ["launch_sweep", "sweep_spec"]
 
 #: Jobs of a launch for each multiprocessor, so that the last ones do not keep the others waiting.
 _WAVES = 8
-_ALIGN = 16  # key blocks that ``score`` takes at once behind this kernel: most are cut
 _LONGEST = 32  # tiles of rows of one job; its keys are loaded once
 
 
@@ -43,7 +42,6 @@ def sweep_spec(
         every=spec.every,
         block_k=spec.block_k,
         sweep_step=spec.rows,
-        sweep_align=_ALIGN,
     )
     pays = num_q >= sweep.rows and num_k >= 2 * sweep.tile * sweep.block_k
     return sweep if sweep.tile >= 16 and sweep.rows % spec.rows == 0 and pays else None

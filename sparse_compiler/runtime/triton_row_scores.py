@@ -172,15 +172,15 @@ def _launch_all(
             "chunk_rows": chunk.tiles * spec.rows,
         }
         plain = [sizes[name] for name in PLAIN_SIZES[spec.template]]
-        slabs = [scratch.slab]
+        places = [scratch.slab, scratch.scores]
         if sweep is not None:
             swept = scratch.swept(chunk, spec.rows)
             launch_sweep(cache, sweep, queries, keys, params, rows, *swept, sizes)
-            slabs = [*swept]
+            places = [*swept]
         launch(
             module.score,
             min(scratch.programs, chunk.lines * chunk.tiles),
-            [queries, keys, params, rows, *of_groups, *slabs, scratch.scores],
+            [queries, keys, params, rows, *of_groups, *places],
             queries.stride()[:3],
             [vectors.scale * _LOG2E, *plain],
             **spec.launch_options,
@@ -190,7 +190,7 @@ def _launch_all(
             launch(
                 module.normalise,
                 chunk.lines * chunk.tiles * pieces,
-                [params, rows, *slabs[:2], scratch.scores],
+                [params, rows, *places[:2], scratch.scores],
                 (),
                 plain,
                 num_warps=4,

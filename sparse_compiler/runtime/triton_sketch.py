@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_compiler.codegen.sketch_spec import SketchSpec
 from sparse_compiler.codegen.spec import power_of_two
+from sparse_compiler.patterns import low_rank
 from sparse_compiler.patterns.base import SelectRequest
 from sparse_compiler.patterns.low_rank import RANK
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
@@ -21,11 +22,8 @@ from sparse_compiler.runtime.triton_attend import float32_precision, rows_contig
 from sparse_compiler.runtime.triton_launch import Launcher
 from sparse_compiler.runtime.triton_probe import device_capability
 
-__all__ = ["SAMPLES", "TURNS", "sketch", "sketch_fits", "sketch_spec"]
+__all__ = ["sketch", "sketch_fits", "sketch_spec"]
 
-#: As in ``low_rank``: rows, and keys, from which moments are taken; turns of the iteration.
-SAMPLES = 4096
-TURNS = 2
 _MAX_DIM = 256
 #: Programs of ``moments`` for queries that a large device runs at once, beside a quarter as many
 #: for keys.
@@ -77,7 +75,7 @@ def sketch_spec(
         groups=groups,
         key_mask=key_mask,
         rank=RANK,
-        turns=TURNS,
+        turns=low_rank.TURNS,
         block_k=block_k,
         rows=max(block_k, 128 if dim <= 128 else 64),
         query_parts=parts,
@@ -129,7 +127,7 @@ def sketch(
     shape = (batch, kv_heads, block_k, key_blocks, RANK)
     keys = torch.empty(shape, dtype=torch.float16, device=device)
     broken = torch.empty(batch, kv_heads, key_blocks, dtype=torch.uint8, device=device)
-    every_q, every_k = -(-num_q // SAMPLES), -(-num_k // SAMPLES)
+    every_q, every_k = (-(-n // low_rank.SAMPLES) for n in (num_q, num_k))
     samples = (-(-num_q // every_q), -(-num_k // every_k))
     aligned = geometry.right == 0 or num_q + geometry.q_offset == num_k
     chunk = spec.rows * spec.steps

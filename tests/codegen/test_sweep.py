@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 from ahead import load
-from row_score_specs import SWEEP, SWEPT
+from row_score_specs import HALF, SWEEP, SWEPT
 
 from sparse_compiler.codegen.emit import emit
 from sparse_compiler.codegen.row_scores_spec import RowScoresSpec
@@ -100,5 +100,5 @@ def test_offsets_are_wide() -> None:
     assert "(at * key_tiles + tile).to(gl.int64) * chunk_rows" in text
     text = emit(SWEPT)
     assert "(at.to(tl.int64) * chunk_rows + part * R) * slab_units * UNIT" in text
-    assert "at.to(tl.int64) * parts * slab_units * UNIT" in text
     assert "(at * parts + own).to(tl.int64)[:, None] * (slab_units * UNIT)" in text
+    assert "at.to(tl.int64) * parts * slab_units * UNIT" in emit(HALF)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
+from pattern_cases import hidden_keys
 
 from sparse_compiler.ir.index import AttentionIndex, Geometry
 from sparse_compiler.ir.pattern import HeadPattern
@@ -61,17 +62,7 @@ class Call:
         return torch.zeros_like(q), torch.zeros_like(k), v
 
     def key_mask(self) -> torch.Tensor | None:
-        """Padding on the left, on the right, and every n-th key, in every second batch entry."""
-        left, right, step = self.hidden
-        if not any(self.hidden):
-            return None
-        mask = torch.ones(self.batch, self.num_k, dtype=torch.bool)
-        for b in range(self.batch - 1, -1, -2):
-            mask[b, :left] = False
-            mask[b, self.num_k - right :] = False
-            if step:
-                mask[b, ::step] = False
-        return mask
+        return hidden_keys(self.batch, self.num_k, self.hidden)
 
     def bounds(self) -> torch.Tensor | None:
         """Rows share ``documents`` spans of the keys in order."""

@@ -18,6 +18,20 @@ BLOCKS = HeadPattern("block_sparse", 1)
 DENSE = HeadPattern("dense")
 
 
+def hidden_keys(batch: int, num_k: int, hidden: tuple[int, int, int]) -> torch.Tensor | None:
+    """Padding on the left, on the right, and every n-th key, in every second batch entry."""
+    left, right, step = hidden
+    if not any(hidden):
+        return None
+    mask = torch.ones(batch, num_k, dtype=torch.bool)
+    for b in range(batch - 1, -1, -2):
+        mask[b, :left] = False
+        mask[b, num_k - right :] = False
+        if step:
+            mask[b, ::step] = False
+    return mask
+
+
 @dataclass(frozen=True)
 class Call:
     """One selection; positions of the rows are ``q_offset + i``."""
@@ -46,17 +60,7 @@ class Call:
         )
 
     def key_mask(self) -> torch.Tensor | None:
-        """Padding on the left, on the right, and every n-th key, in every second batch entry."""
-        left, right, step = self.hidden
-        if not any(self.hidden):
-            return None
-        mask = torch.ones(self.batch, self.num_k, dtype=torch.bool)
-        for b in range(self.batch - 1, -1, -2):
-            mask[b, :left] = False
-            mask[b, self.num_k - right :] = False
-            if step:
-                mask[b, ::step] = False
-        return mask
+        return hidden_keys(self.batch, self.num_k, self.hidden)
 
     def index(self, *qkv: torch.Tensor) -> AttentionIndex:
         return sparse_attention(

@@ -27,7 +27,6 @@ from sketch_cases import (  # noqa: E402
 
 from sparse_compiler.patterns import low_rank  # noqa: E402
 from sparse_compiler.patterns.base import SelectRequest  # noqa: E402
-from sparse_compiler.runtime import triton_sketch  # noqa: E402
 from sparse_compiler.runtime.kernel_cache import KernelCache  # noqa: E402
 from sparse_compiler.runtime.triton_launch import Launcher  # noqa: E402
 from sparse_compiler.runtime.triton_sketch import sketch, sketch_fits  # noqa: E402
@@ -50,11 +49,11 @@ def a_constant_of_all_keys_changes_nothing() -> None:
 
 
 def the_same_rows_are_sampled() -> None:
-    before = low_rank._SAMPLES
-    low_rank._SAMPLES = triton_sketch.SAMPLES = FEW
+    before = low_rank.SAMPLES
+    low_rank.SAMPLES = FEW
     for case in SAMPLED:
         assert_agrees(case, in_the_interpreter)
-    low_rank._SAMPLES = triton_sketch.SAMPLES = before
+    low_rank.SAMPLES = before
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from executor_cases import BLOCKS, DENSE, EXECUTORS, SLASH
 from hypothesis import strategies as st
 
 from sparse_compiler.ir.index import Geometry
@@ -13,11 +14,7 @@ from sparse_compiler.runtime.reference import covered_pairs
 from sparse_compiler.testing import assert_close, assert_lse_close, random_qkv, sparse_attention
 
 NOTHING = float("-inf")
-EXECUTORS = ("reference", "cpu")
 A_SHAPE = HeadPattern("a_shape", 4, 12)
-SLASH = HeadPattern("vertical_slash", 34, 104)
-BLOCKS = HeadPattern("block_sparse", 1)
-DENSE = HeadPattern("dense")
 MIXES = ((A_SHAPE, SLASH, BLOCKS, DENSE), (SLASH,) * 4, (A_SHAPE,) * 4, (DENSE, BLOCKS) * 2)
 BOUNDS = ("none", "packed", "packed causal", "chunks", "prefix", "random", "nothing")
 BIASES = (

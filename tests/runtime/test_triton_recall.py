@@ -17,22 +17,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
 
 from ahead import load
+from row_score_specs import HALF
 
 from sparse_compiler.codegen.emit import emit
-from sparse_compiler.codegen.row_scores_spec import RowScoresSpec
 from sparse_compiler.runtime.ahead import TARGETS, Launch, compile_launch, report_of
-
-PLAIN = RowScoresSpec(
-    dtype="float16",
-    head_dim=16,
-    groups=4,
-    heads=32,
-    group=1,
-    every=32,
-    rows=64,
-    half=True,
-    unroll=4,
-)
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
@@ -50,7 +38,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 def test_the_other_kernels_say_nothing_of_it() -> None:
     # The first lines say all fields of the spec.
     plain, recall = (
-        emit(spec).partition("import triton")[2] for spec in (PLAIN, replace(PLAIN, recall=True))
+        emit(spec).partition("import triton")[2] for spec in (HALF, replace(HALF, recall=True))
     )
     for word in ("PEAKS_LOG2", "WHOLE", "allowed", "int64)) * PEAKS"):
         assert word not in plain
@@ -63,7 +51,7 @@ def test_the_other_kernels_say_nothing_of_it() -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_the_choice_compiles_for(target: str, tmp_path: Path) -> None:
-    spec = replace(PLAIN, recall=True)
+    spec = replace(HALF, recall=True)
     types = {"keys": "*fp16", "slabs": "*fp16", "scores": "*fp16", "broken": "*u8"}
     options = {"num_warps": spec.choose_warps, "num_stages": 1}
     launch = Launch(spec, "choose", options, {**types, "scale_log2": "fp32"})

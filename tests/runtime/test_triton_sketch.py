@@ -24,8 +24,6 @@ from ahead import SHARED_LIMIT, TARGETS, load
 from sketch_cases import Case
 
 from sparse_compiler.codegen.sketch_spec import SketchSpec
-from sparse_compiler.patterns import low_rank
-from sparse_compiler.runtime import triton_sketch
 from sparse_compiler.runtime.ahead import Launch, Report, compile_launch, report_of
 from sparse_compiler.runtime.triton_sketch import sketch_fits, sketch_spec
 
@@ -44,11 +42,6 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-def test_samples_and_turns_are_those_of_the_pattern() -> None:
-    assert triton_sketch.SAMPLES == low_rank._SAMPLES
-    assert triton_sketch.TURNS == low_rank._TURNS
 
 
 def test_what_the_kernels_do_not_know() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -53,7 +54,7 @@ TRUE = replace(
     select_pair=1.2,
     score=2.0,
     score_row=1.5,
-    score_start=0.3,
+    score_start=0.9,
     tiles={
         DENSE: TileConstants(matrix=1.1, exponent=0.35, program=0.01),
         "plain:64x64": TileConstants(matrix=1.6, exponent=0.2, gather=0.05, test=0.1, program=0.03),
@@ -87,7 +88,7 @@ def measured(noise: float = 0.0) -> list[Sample]:
         amounts = Amounts(**nothing, launches=0, index_keys=keys, index_pairs=triples, has_index=1)
         samples.append(Sample("select", f"{keys} {triples}", amounts, 1.0))
     head = registry.get("low_rank").default()
-    for tokens, heads, width in ((8192, 32, 128), (131072, 32, 128), (32768, 8, 64)):
+    for tokens, heads, width in product((4096, 16384, 131072), (32, 8), (128, 64)):
         shape = SiteShape(1, heads, heads, tokens, tokens, width, width)
         amounts = amounts_scoring(scoring(head, shape, 64))
         samples.append(Sample("score", f"{tokens} {heads} {width}", amounts, 1.0))
