@@ -54,6 +54,7 @@ FORMED_ACCURACY = 0.97  # ends the first stage
 FIRST_STAGE_SHARE = 0.5  # of the time at most
 SKIP_PROBABILITY = 0.7
 NUM_SKIPS = 3
+TOKENS_PER_QUESTION = 512  # in long prompts; short ones ask more densely
 LATER_STAGE_SHARES = (0.23, 0.28, 0.49)  # of what the first stage leaves
 LOG_EVERY = 100
 DEFAULT_STAGES = "512x64,2048x24,8192x12,32768x4"
@@ -132,6 +133,7 @@ class Trainer:
         device: torch.device,
         *,
         anywhere_share: float = 0.0,
+        uniform_share: float = 0.0,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(seed)
@@ -145,6 +147,7 @@ class Trainer:
                 with torch.no_grad():
                     weight.copy_(weights[name])
         self.anywhere_share = anywhere_share
+        self.uniform_share = uniform_share
         self.model.to(device)
         matrices = [weight for weight in self.model.parameters() if weight.ndim >= 2]
         vectors = [weight for weight in self.model.parameters() if weight.ndim < 2]
@@ -166,13 +169,15 @@ class Trainer:
     def step(self, stage: Stage, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One update. Returns text loss, answer loss, questions right, questions, on the device."""
         anywhere = self.coin.random() < self.anywhere_share
+        most = max(64 if anywhere else 32, stage.tokens // TOKENS_PER_QUESTION)
         batch = sample_training_batch(
             self.text,
             batch=stage.batch,
             tokens=stage.tokens,
-            max_questions=min(64 if anywhere else 32, max(4, stage.tokens // 64)),
+            max_questions=min(most, max(4, stage.tokens // 64)),
             generator=self.generator,
             anywhere=anywhere,
+            uniform_share=self.uniform_share,
         )
         position_ids = None
         if self.coin.random() < SKIP_PROBABILITY:
@@ -348,6 +353,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=0.0,
         help="share of the batches whose questions stand anywhere after their record",
     )
+    parser.add_argument(
+        "--uniform-share",
+        type=float,
+        default=0.0,
+        help="share of the prompts whose number of records is uniform, not log-uniform",
+    )
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to train further")
     parser.add_argument("--text-bytes", type=int, default=100_000_000, help="haystack, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -383,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.seed,
         device,
         anywhere_share=options.anywhere_share,
+        uniform_share=options.uniform_share,
         weights=weights,
     )
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -393,6 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "learning_rate": options.rate,
             "final_rate": FINAL_RATE * options.rate,
             "anywhere_share": options.anywhere_share,
+            "uniform_share": options.uniform_share,
             "betas": list(BETAS),
             "weight_decay": WEIGHT_DECAY,
             "clip_norm": CLIP_NORM,

@@ -371,11 +371,12 @@ def sample_training_batch(
     max_questions: int,
     generator: torch.Generator,
     anywhere: bool = False,
+    uniform_share: float = 0.0,
 ) -> TrainingBatch:
     """Draw a batch on the device of `text`, without waiting for that device.
 
     Every row draws its own number of questions (uniform, up to `max_questions`) and of records
-    (log-uniform, up to 95 % of the tokens).
+    (log-uniform, up to 95 % of the tokens; few rows are then crowded, see `uniform_share`).
 
     Args:
         text: [T] uint8, the haystack; T > tokens.
@@ -384,6 +385,7 @@ def sample_training_batch(
         max_questions: at most; B * N / 16 must not exceed the number of keys, 26 ** 4.
         generator: on the same device.
         anywhere: questions stand at random places after their record instead of at the end.
+        uniform_share: probability that a row draws its number of records uniformly instead.
     Raises:
         PromptInvalid: the sizes do not fit together.
     """
@@ -408,6 +410,9 @@ def sample_training_batch(
     num_questions = 1 + integers(max_questions, batch, 1)
     most = (slots - num_questions).clamp(max=width)
     num_records = torch.exp(uniform(batch, 1) * torch.log(most + 1.0)).long()
+    if uniform_share > 0:
+        crowded = (uniform(batch, 1) * (most + 1)).long()
+        num_records = torch.where(uniform(batch, 1) < uniform_share, crowded, num_records)
     num_records = torch.minimum(num_records.clamp(min=1), most)
     num_questions = torch.minimum(num_questions, num_records)
 

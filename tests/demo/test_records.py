@@ -158,10 +158,11 @@ def test_score_refuses_logits_that_miss_a_question() -> None:
             score_answers(rows, prompt)
 
 
+@pytest.mark.parametrize("uniform_share", [0.0, 0.5])
 @pytest.mark.parametrize("anywhere", [False, True])
 @pytest.mark.parametrize(("tokens", "max_questions"), [(256, 4), (512, 8), (4096, 64)])
 def test_training_batch_holds_what_it_promises(
-    tokens: int, max_questions: int, anywhere: bool
+    tokens: int, max_questions: int, anywhere: bool, uniform_share: float
 ) -> None:
     text = torch.frombuffer(bytearray(load_haystack(100_000).text), dtype=torch.uint8)
 
@@ -173,6 +174,7 @@ def test_training_batch_holds_what_it_promises(
             max_questions=max_questions,
             generator=torch.Generator().manual_seed(5),
             anywhere=anywhere,
+            uniform_share=uniform_share,
         )
 
     batch = draw()
@@ -195,6 +197,23 @@ def test_training_batch_holds_what_it_promises(
         assert int((~text_mask & ~answer_mask).sum()) == 8 * len(found) + 4 * len(questions)
         assert not (text_mask & answer_mask).any()
     assert torch.equal(batch.tokens, draw().tokens)
+
+
+@pytest.mark.parametrize(("uniform_share", "crowded"), [(0.0, 0.1), (1.0, 0.5)])
+def test_uniform_share_crowds_prompts(uniform_share: float, crowded: float) -> None:
+    text = torch.frombuffer(bytearray(load_haystack(100_000).text), dtype=torch.uint8)
+    batch = sample_training_batch(
+        text,
+        batch=512,
+        tokens=4096,
+        max_questions=4,
+        generator=torch.Generator().manual_seed(5),
+        uniform_share=uniform_share,
+    )
+    records = (~batch.text_mask & ~batch.answer_mask).sum(1) / 8
+    share = (records * RECORD_SIZE > 0.475 * 4096).float().mean()
+    # Half of the uniform numbers, and ln 2 / ln 244 of the log-uniform ones, lie above the middle.
+    assert abs(float(share) - crowded) < 0.08
 
 
 def test_training_batch_refuses_too_many_questions() -> None:
