@@ -60,7 +60,6 @@ PLAIN_SIZES = {
         "left",
         "right",
         "scored",
-        "automatic",
         "capacity",
     ),
     "sweep_hopper.py.jinja": (

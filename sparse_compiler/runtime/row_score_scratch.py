@@ -14,8 +14,10 @@ from sparse_compiler.codegen.sweep_spec import SweepSpec
 
 __all__ = ["Chunk", "Scratch", "chunks_of", "scratch_for"]
 
-#: Bytes that are in use at once, where the smallest piece of work allows it.
-_BYTES = 1 << 30
+#: Bytes that are in use at once, where the smallest piece of work allows it, and the share of a
+#: device's memory: fewer and larger launches leave fewer multiprocessors idle at their ends.
+_BYTES = 1 << 31
+_MEMORY_SHARE = 64
 _LEAST_ROWS = 4096  # of a launch: fewer leave the last programs alone
 
 
@@ -68,15 +70,26 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def chunks_of(lines: int, tiles: int, size: int, unit: int, least: int) -> tuple[Chunk, ...]:
+@cache
+def _memory(device: torch.device) -> int:
+    """Bytes of a device; no limit is known of the host's, where the interpreter runs."""
+    if device.type != "cuda":
+        return 1 << 62
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def chunks_of(
+    lines: int, tiles: int, size: int, unit: int, least: int, room: int
+) -> tuple[Chunk, ...]:
     """Cut ``lines`` x ``tiles`` pieces of work into launches of nearly equal size.
 
     Args:
         size: bytes of scratch for one tile of one line.
         unit: a launch takes a multiple of so many tiles, but for the last.
         least: tiles of a launch that are worth more than all lines at once.
+        room: bytes of scratch that a launch should not exceed.
     """
-    room = max(1, _BYTES // size)
+    room = max(1, room // size)
     least = min(least, tiles)
     together = lines if lines * least <= room else max(1, room // least)
     together = -(-lines // -(-lines // together))
@@ -108,7 +121,8 @@ def scratch_for(
     if sweep is not None:
         size += spec.rows * (2 * slab_size + 8 * key_tiles)
         unit, least = sweep.rows // spec.rows, _LEAST_ROWS // spec.rows
-    chunks = chunks_of(lines, tiles, size, unit, least)
+    room = min(_BYTES, _memory(device) // _MEMORY_SHARE)
+    chunks = chunks_of(lines, tiles, size, unit, least, room)
     most_lines = max((chunk.lines for chunk in chunks), default=0)
     most_tiles = max((chunk.tiles for chunk in chunks), default=0)
     programs = _programs(device) * (2 if spec.max_registers else 1)

@@ -35,6 +35,8 @@ from sparse_compiler.testing import parameters  # noqa: E402
 @example(Case(seed=1, num_q=70, num_k=70, numbers=((300_000, 1), (1, 3)), block_q=16, block_k=16))
 @example(Case(seed=2, num_q=33, num_k=97, offset=64, left=40, padding=True, groups=1, block_k=32))
 @example(Case(seed=4, num_q=64, num_k=300, offset=236, numbers=((1, 2**30),), name="low_rank"))
+@example(Case(seed=6, num_q=300, num_k=1900, offset=1600, numbers=((1, 0),), name="low_rank"))
+@example(Case(seed=7, num_q=64, num_k=1900, offset=1836, left=1000, numbers=((1, 0),), groups=1))
 @example(Case(seed=3, num_q=64, num_k=64, right=-1, broken=float("nan"), batch=2, padding=True))
 def the_lists_agree(case: Case) -> None:
     assert_agrees(case, EXECUTOR)

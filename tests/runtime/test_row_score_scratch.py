@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparse_compiler.runtime.row_score_scratch import _BYTES, chunks_of
+from sparse_compiler.runtime.row_score_scratch import chunks_of
 
 
 @given(
@@ -14,12 +14,13 @@ from sparse_compiler.runtime.row_score_scratch import _BYTES, chunks_of
     size=st.sampled_from([1 << 12, 1 << 20, 1 << 24, 1 << 31]),
     unit=st.sampled_from([1, 4]),
     least=st.integers(1, 64),
+    room=st.sampled_from([1, 1 << 28, 1 << 31]),
 )
-@example(lines=32, tiles=65, size=1 << 12, unit=4, least=64)
+@example(lines=32, tiles=65, size=1 << 12, unit=4, least=64, room=1 << 30)
 def test_chunks_cover_everything_once(
-    lines: int, tiles: int, size: int, unit: int, least: int
+    lines: int, tiles: int, size: int, unit: int, least: int, room: int
 ) -> None:
-    chunks = chunks_of(lines, tiles, size, unit, least)
+    chunks = chunks_of(lines, tiles, size, unit, least, room)
     seen = [
         (line, tile)
         for c in chunks
@@ -30,6 +31,6 @@ def test_chunks_cover_everything_once(
     for chunk in chunks:
         assert chunk.first_tile % unit == 0
         smallest = chunk.lines == 1 and chunk.tiles <= unit
-        assert smallest or chunk.lines * chunk.tiles * size <= 2 * _BYTES
-    if lines * -(-tiles // unit) * unit * size <= _BYTES:
+        assert smallest or chunk.lines * chunk.tiles * size <= 2 * room
+    if lines * -(-tiles // unit) * unit * size <= room:
         assert len(chunks) == 1
