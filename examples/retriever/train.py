@@ -54,7 +54,6 @@ FORMED_ACCURACY = 0.97  # ends the first stage
 FIRST_STAGE_SHARE = 0.5  # of the time at most
 SKIP_PROBABILITY = 0.7
 NUM_SKIPS = 3
-TOKENS_PER_QUESTION = 512  # in long prompts; short ones ask more densely
 LATER_STAGE_SHARES = (0.23, 0.28, 0.49)  # of what the first stage leaves
 LOG_EVERY = 100
 DEFAULT_STAGES = "512x64,2048x24,8192x12,32768x4"
@@ -134,6 +133,7 @@ class Trainer:
         *,
         anywhere_share: float = 0.0,
         uniform_share: float = 0.0,
+        tokens_per_question: int = 512,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(seed)
@@ -148,6 +148,7 @@ class Trainer:
                     weight.copy_(weights[name])
         self.anywhere_share = anywhere_share
         self.uniform_share = uniform_share
+        self.tokens_per_question = tokens_per_question
         self.model.to(device)
         matrices = [weight for weight in self.model.parameters() if weight.ndim >= 2]
         vectors = [weight for weight in self.model.parameters() if weight.ndim < 2]
@@ -169,7 +170,7 @@ class Trainer:
     def step(self, stage: Stage, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One update. Returns text loss, answer loss, questions right, questions, on the device."""
         anywhere = self.coin.random() < self.anywhere_share
-        most = max(64 if anywhere else 32, stage.tokens // TOKENS_PER_QUESTION)
+        most = max(64 if anywhere else 32, stage.tokens // self.tokens_per_question)
         batch = sample_training_batch(
             self.text,
             batch=stage.batch,
@@ -359,6 +360,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=0.0,
         help="share of the prompts whose number of records is uniform, not log-uniform",
     )
+    parser.add_argument(
+        "--tokens-per-question",
+        type=int,
+        default=512,
+        help="of long prompts, at the least; short ones ask up to 32 (anywhere: 64) in any case",
+    )
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to train further")
     parser.add_argument("--text-bytes", type=int, default=100_000_000, help="haystack, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -395,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device,
         anywhere_share=options.anywhere_share,
         uniform_share=options.uniform_share,
+        tokens_per_question=options.tokens_per_question,
         weights=weights,
     )
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -406,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "final_rate": FINAL_RATE * options.rate,
             "anywhere_share": options.anywhere_share,
             "uniform_share": options.uniform_share,
+            "tokens_per_question": options.tokens_per_question,
             "betas": list(BETAS),
             "weight_decay": WEIGHT_DECAY,
             "clip_norm": CLIP_NORM,

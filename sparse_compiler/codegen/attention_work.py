@@ -17,7 +17,7 @@ from sparse_compiler.codegen import library
 from sparse_compiler.codegen.cost import Amounts
 from sparse_compiler.codegen.rules import Rule, TileWork, derive_rules, tile_work
 from sparse_compiler.codegen.spec import power_of_two
-from sparse_compiler.ir.index import AUTOMATIC, capacity_blocks
+from sparse_compiler.ir.index import capacity_blocks
 from sparse_compiler.ir.monoid import substituted
 from sparse_compiler.ir.pattern import HeadPattern, LayerPatterns
 from sparse_compiler.ir.shape import SiteShape
@@ -162,9 +162,7 @@ def cover(
         blocks = allowed * min(1.0, keys / visible)
         return Covered(wanted=blocks, blocks=blocks)
     if pattern.component == "blocks":
-        # Lists that grow with what rows see are as long as those of the mean row, on average.
-        keys = round(visible) if limits.blocks <= AUTOMATIC else shape.num_k
-        blocks = capacity_blocks(limits.blocks, keys, block_k)
+        blocks = capacity_blocks(limits.blocks, shape.num_k, block_k)
         if limits.blocks == -1:  # a few long lists may ask for no bound
             blocks = math.ceil(pattern.density(head, shape.num_k, block_q) * visible / block_k)
         return _cover_blocks(blocks, block_q, block_k, visible, shape, clustering)

@@ -60,6 +60,7 @@ PLAIN_SIZES = {
         "left",
         "right",
         "scored",
+        "automatic",
         "capacity",
     ),
     "sweep_hopper.py.jinja": (

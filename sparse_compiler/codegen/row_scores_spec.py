@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from sparse_compiler.codegen.spec import KernelSpec, power_of_two
-from sparse_compiler.ir.index import FREE_KEYS, SEEN_PER_KEY
 from sparse_compiler.patterns.ranking import PEAK_WHOLE, PEAKS
 
 __all__ = ["MAX_LINE", "SLAB_UNIT", "RowScoresSpec"]
@@ -95,14 +94,6 @@ class RowScoresSpec(KernelSpec):
     @property
     def whole(self) -> int:
         return PEAK_WHOLE
-
-    @property
-    def free_keys(self) -> int:
-        return FREE_KEYS
-
-    @property
-    def seen_per_key(self) -> int:
-        return SEEN_PER_KEY
 
     @property
     def choose_warps(self) -> int:

@@ -26,9 +26,7 @@ import torch
 
 __all__ = [
     "AUTOMATIC",
-    "FREE_KEYS",
     "INDEX_FIELDS",
-    "SEEN_PER_KEY",
     "AttentionIndex",
     "Geometry",
     "automatic_blocks",
@@ -37,25 +35,19 @@ __all__ = [
 
 AUTOMATIC = -2
 """As a bound of block lists: what ``automatic_blocks`` says; ``AUTOMATIC - n``: n at the least."""
-FREE_KEYS = 768
-SEEN_PER_KEY = 16
 
 
-def automatic_blocks(seen: Any, block_k: int) -> Any:
-    """Key blocks that a row block may list where nobody set a bound: 768 keys and 1/16 of those it sees.
-
-    It is what it sees, not the prompt, that counts: a row lists as many in a longer prompt, and the
-    last rows, which have most to choose from, list most (docs/design/0016-estimators.md).
+def automatic_blocks(num_k: Any, block_k: int) -> Any:
+    """Key blocks that a row block may list where nobody set a bound: 768 keys and 1/32 of all.
 
     Args:
-        seen: keys from the first to the last one that any of its rows sees; an int, a SymInt or an
-            integer tensor.
+        num_k: Lk, an int or a SymInt.
     """
-    return (FREE_KEYS + seen // SEEN_PER_KEY) // block_k
+    return (768 + num_k // 32) // block_k
 
 
 def capacity_blocks(limit: int, num_k: Any, block_k: int) -> Any:
-    """Length of the longest list of key blocks, that of a row block which sees all keys.
+    """Length of a row block's list of key blocks.
 
     Args:
         limit: a number of blocks, -1 for no bound, or from ``AUTOMATIC`` down.

@@ -22,7 +22,7 @@ class Adaptive(Listed):
 
     The mass is a softmax over key blocks of (mean query of the row block) x (mean key of the block),
     each block weighted with the keys that it has. ``second`` is the most key blocks of 64 keys that
-    a row block keeps; 0 lets this grow with what it sees. A row block's own blocks and the block of
+    a row block keeps; 0 lets this grow with the length. A row block's own blocks and the block of
     the first visible key are always kept, and count towards the share.
 
     Source: FlexPrefill (arXiv 2502.20766), the query-aware part of algorithms 2 and 4. There one

@@ -25,7 +25,7 @@ class Antidiagonal(Listed):
     Rows and keys are cut into tiles of 16 x 16. A tile counts as the mean of the 16 logits on its
     antidiagonal, which every column through the tile meets, and every other diagonal; a softmax over
     a row of tiles makes them shares, summed over the row block and the key block. ``second`` is the
-    most key blocks of 64 keys that a row block keeps; 0 lets this grow with what it sees. A row block's
+    most key blocks of 64 keys that a row block keeps; 0 lets this grow with the length. A row block's
     own blocks and those of the first and of each row's last visible key are always kept.
 
     Source: XAttention (arXiv 2503.16428) with stride 16, its reversed queries and its shares; not its

@@ -113,7 +113,7 @@ class Limits:
     Args:
         columns: single keys.
         distances: distances from the diagonal.
-        blocks: key blocks per row block; from ``AUTOMATIC`` down it grows with what it sees
+        blocks: key blocks per row block; from ``AUTOMATIC`` down it grows with the length
             (``ir.index.capacity_blocks``).
     """
 

@@ -14,13 +14,13 @@ __all__ = ["RECALL_BLOCKS", "Listed", "limit_blocks"]
 
 RECALL_BLOCKS = 512
 """Blocks of 64 keys that a row block lists at the most where a share of the mass is asked for: all of
-32K keys. The bound that grows with the keys seen would cut before the share is reached."""
+32K keys. The bound that grows with the length would cut before the share is reached."""
 
 
 class Listed(Pattern):
     """A pattern whose ``first`` says which key blocks matter and whose ``second`` how many there may be.
 
-    ``second`` counts blocks of 64 keys for each row block; 0 lets their number grow with what it sees.
+    ``second`` counts blocks of 64 keys for each row block; 0 lets their number grow with the length.
 
     Attributes:
         usual: ``first`` of a head about which nothing is known.
@@ -57,7 +57,7 @@ class Listed(Pattern):
 
 
 def limit_blocks(second: int, block_q: int, block_k: int, causal: bool = True) -> int:
-    """The bound of a row block's list: ``second`` blocks of 64 keys, or what grows with what it sees."""
+    """The bound of a row block's list: ``second`` blocks of 64 keys, or what grows with the length."""
     # Its own blocks and those of the first key and of where its rows' keys end are kept in any case.
     least = (1 if causal else 2) * -(-block_q // block_k) + 3
     if second == 0:

@@ -15,7 +15,7 @@ class LowRankRecall(LowRank):
     for its best row, and at most all. Blocks go, the least first, as long as what goes adds up to no
     more than 1 - ``first`` / 1000; where all blocks together add up to less than 1, of that sum. What
     is always kept (see ``RowScored``) is never lost. ``second`` is the most key blocks of 64 keys that
-    a row block keeps, the best of them; 0 lets this grow with what it sees. Where it cuts, the share is
+    a row block keeps, the best of them; 0 lets this grow with the length. Where it cuts, the share is
     not reached.
 
     What is bounded: in no row do the best keys of the blocks that go hold more than a quarter of what

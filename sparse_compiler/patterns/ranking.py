@@ -23,7 +23,6 @@ __all__ = [
     "first_blocks",
     "keep_best_blocks",
     "keep_share",
-    "keys_in_reach",
     "pooled_bias",
     "real_rows",
     "wanted_for_share",
@@ -49,8 +48,8 @@ def budget_blocks(budget: float, num_keys: int, causal: bool) -> int:
 
 
 def density_of_blocks(second: int, num_keys: int, block_q: int) -> float:
-    """Most of the causal pairs that ``second`` blocks of 64 keys take; 0 grows with what rows see."""
-    most = second or automatic_blocks(num_keys // 2, PUBLISHED_BLOCK)
+    """Most of the causal pairs that ``second`` blocks of 64 keys take; 0 grows with the length."""
+    most = second or automatic_blocks(num_keys, PUBLISHED_BLOCK)
     # The first key's block and a row block's own ones are kept whatever the number says.
     return min(1.0, 2 * ((most + 1) * PUBLISHED_BLOCK + block_q) / num_keys)
 
@@ -158,32 +157,16 @@ def _ranked(
     Returns:
         int64 [B, row blocks, count] and int64 [B, row blocks, 1].
     """
-    block_k = request.geometry.block_k
+    num_k, block_k = request.k.shape[2], request.geometry.block_k
     ranked = scores.clamp(max=_LARGEST / 2).masked_fill(always, _LARGEST)
     ranked = ranked.masked_fill(own & always, math.inf)
-    automatic = automatic_blocks(keys_in_reach(request), block_k)[..., None]
+    automatic = min(scores.shape[-1], automatic_blocks(num_k, block_k))
     second = request.second[slot]
     asked = (second * PUBLISHED_BLOCK + block_k - 1) // block_k
     most = torch.where(second > 0, asked, automatic)
-    count = capacity_blocks(request.limits.blocks, request.k.shape[2], block_k)
+    count = capacity_blocks(request.limits.blocks, num_k, block_k)
     found = torch.topk(ranked, count, dim=-1, sorted=True).indices
     return found, torch.maximum(most, always.sum(-1, keepdim=True))
-
-
-def keys_in_reach(request: SelectRequest) -> Tensor:
-    """Keys from the first to the last one that any row of a row block sees, int64 [B, row blocks]."""
-    geometry, num_q, num_k = request.geometry, request.q.shape[2], request.k.shape[2]
-    low, high = row_intervals(geometry, num_q, request.rows, request.bounds)
-    empty, pad = low > high, -num_q % geometry.block_q
-
-    def in_blocks(places: Tensor, nothing: int) -> Tensor:
-        places = torch.nn.functional.pad(
-            places.masked_fill(empty, nothing), (0, pad), value=nothing
-        )
-        return places.unflatten(1, (-1, geometry.block_q))
-
-    first, last = in_blocks(low, num_k).amin(-1), in_blocks(high, -1).amax(-1)
-    return (last.clamp(max=num_k - 1) - first.clamp(min=0) + 1).clamp(min=0)
 
 
 def real_rows(request: SelectRequest) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class RowScored(Listed):
     """Keep key blocks with a group of keys that holds ``first`` millionths of some row's mass.
 
     ``second`` is the most key blocks of 64 keys that a row block keeps, the best of them; 0 lets this
-    grow with what it sees. A row block's own blocks, the block of the first visible key and those
+    grow with the length. A row block's own blocks, the block of the first visible key and those
     where its rows' keys end are always kept.
     """
 

@@ -12,7 +12,7 @@ from sparse_compiler.codegen.emit import PLAIN_SIZES
 from sparse_compiler.codegen.row_scores_spec import MAX_LINE, SLAB_UNIT, RowScoresSpec
 from sparse_compiler.codegen.spec import power_of_two
 from sparse_compiler.codegen.sweep_spec import SweepSpec
-from sparse_compiler.ir.index import Geometry
+from sparse_compiler.ir.index import Geometry, automatic_blocks
 from sparse_compiler.patterns.base import BlockRule, Scored, SelectRequest
 from sparse_compiler.patterns.low_rank import sketches
 from sparse_compiler.patterns.summaries import visible_in_groups
@@ -135,6 +135,7 @@ def select_by_rows(
         "left": geometry.left,
         "right": geometry.right,
         "scored": rule.number,
+        "automatic": automatic_blocks(num_k, geometry.block_k),
         "capacity": capacity,
     }
     _launch_all(cache, launch, request, params, vectors, spec, sweep, scratch, sizes, out)

@@ -41,7 +41,7 @@ def density_at(
         counts: [H, row blocks], listed key blocks of a sample, a row block's own among them.
         num_keys: tokens of the sample.
         size: row and key block, in rows and keys.
-        bound: [H, row blocks at ``tokens``], the most key blocks that each may list.
+        bound: [H], the most key blocks that a row block may list at ``tokens``.
         shorter: as ``counts``, of the first whole row blocks of the sample as a prompt of their own;
             None is no growth.
     Returns:
@@ -63,7 +63,7 @@ def density_at(
     known = ends.shape[0] if tokens <= num_keys else num_keys // size[0]
     line = torch.cat([counts[:, :known], line[:, known:]], 1)
     line = line * (tokens / num_keys) ** growth[:, None]
-    line = line.minimum(bound.to(line)).minimum((ends / size[1]).ceil())
+    line = line.minimum(bound.to(line)[:, None]).minimum((ends / size[1]).ceil())
     return _share(line, tokens, size)
 
 

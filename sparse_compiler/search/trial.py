@@ -177,8 +177,7 @@ def densities_at(
     # Where a bias would have to be cut too, rows are taken to list as much in a longer prompt.
     shorter = _listed(_first(call, half), asked, size) if half and call.bias is None else None
     limits = [pattern.limits(head, *size, call.banded).blocks for head in heads]
-    ends = [min(end, tokens) for end in range(size[0], tokens + size[0], size[0])]
-    bound = torch.tensor([[capacity_blocks(n, end, size[1]) for end in ends] for n in limits])
+    bound = torch.tensor([capacity_blocks(limit, tokens, size[1]) for limit in limits])
     counts = _listed(call, asked, size)
     return density_at(counts, num_keys, size, tokens, bound, shorter).tolist()
 

@@ -20,7 +20,6 @@ from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import BlockChoice, SelectRequest
 from sparse_compiler.patterns.block_sparse import BlockSparse
 from sparse_compiler.patterns.low_rank import LowRank, projections
-from sparse_compiler.patterns.ranking import keys_in_reach
 from sparse_compiler.runtime.select import _block_rule, summarize
 from sparse_compiler.testing import sparse_attention
 
@@ -45,43 +44,6 @@ def test_a_broken_row_does_not_choose_for_its_neighbours(name: str, value: float
     q[:, :, 500, 3] = value
     # Eight blocks have room: five are always kept, and not any three of the others.
     assert case.pattern.choose(replace(asked, q=q)).blocks[0, 0, 7, 5]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(seed=0, num_q=300, num_k=2000, offset=1700, batch=2, padding=True),
-        Case(seed=1, num_q=300, num_k=2000, offset=1700, left=900),
-        Case(seed=2, num_q=130, num_k=1500, right=-1, block_q=64),
-        Case(seed=3, num_q=90, num_k=90),
-    ],
-    ids=lambda case: str(case.seed),
-)
-def test_a_list_without_a_bound_follows_what_its_rows_see(case: Case) -> None:
-    request = case.request()
-    num_k, size = case.num_k, case.block_q
-    key = torch.arange(num_k)
-    reach = keys_in_reach(request)
-    listed = case.pattern.choose(case_request(request, 0, HeadPattern(case.name, 1, 0))).blocks
-    wider = case.pattern.choose(case_request(request, 0, HeadPattern(case.name, 1, 2000))).blocks
-    for b, (start, length, offset, kv_start, kv_len) in enumerate(request.rows.tolist()):
-        for part in range(reach.shape[1]):
-            rows = torch.arange(part * size, min((part + 1) * size, case.num_q))[:, None]
-            place = rows + offset
-            sees = (key >= kv_start) & (key < kv_start + kv_len)
-            sees = sees & (rows >= start) & (rows < start + length)
-            if case.right >= 0:
-                sees = sees & (key <= place + case.right)
-            if case.left >= 0:
-                sees = sees & (key >= place - case.left)
-            seen = key[sees.any(0)]
-            wanted = int(seen[-1] - seen[0] + 1) if seen.numel() else 0
-            assert int(reach[b, part]) == wanted
-            most = (768 + wanted // 16) // case.block_k
-            kept, all_of_them = (int(t[b, 0, part].sum()) for t in (listed, wider))
-            assert kept <= max(most, 1 + size // case.block_k + 1) and kept >= min(
-                most, all_of_them
-            )
 
 
 def test_directions_are_those_of_rows_that_are_no_padding() -> None:

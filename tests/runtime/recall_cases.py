@@ -11,7 +11,7 @@ from row_score_cases import Case, case_request, marked
 from sparse_compiler.ir.index import automatic_blocks, capacity_blocks
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import BlockRule, SelectRequest
-from sparse_compiler.patterns.ranking import PEAKS, edge_blocks, keys_in_reach
+from sparse_compiler.patterns.ranking import PEAKS, edge_blocks
 from sparse_compiler.patterns.relation import request_relation
 from sparse_compiler.patterns.row_scores import broken_blocks, score_blocks
 from sparse_compiler.runtime.executor import Executor
@@ -47,16 +47,15 @@ recall_cases = st.builds(
 )
 
 
-def _alone(request: SelectRequest) -> tuple[torch.Tensor, ...]:
-    """Scores, blocks always kept, visible blocks, and the bounds of one slot's lists."""
+def _alone(request: SelectRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Scores, blocks always kept, visible blocks and the bound of one slot's lists."""
     scored = RULE.operands(request)
     scores = score_blocks(request, 0, scored, RULE.every)
     visible, own = request_relation(request)
     always = (own | edge_blocks(request) | broken_blocks(request, 0, scored)) & visible
-    block_k, second = request.geometry.block_k, int(request.second[0])
-    most = automatic_blocks(keys_in_reach(request), block_k)
-    if second:
-        most = torch.full_like(most, -(-second * 64 // block_k))
+    geometry, num_k, second = request.geometry, request.k.shape[2], int(request.second[0])
+    most = automatic_blocks(num_k, geometry.block_k)
+    most = -(-second * 64 // geometry.block_k) if second else most
     return scores, always, visible, most
 
 
@@ -77,7 +76,9 @@ def assert_keeps_share(case: Case, executor: Executor) -> None:
         allowed = (1 - head.first / 1000) * mass.sum(-1).clamp(max=1.0)
         loose = known & ~always
         gone = loose & ~kept
-        full = kept.sum(-1) >= torch.maximum(always.sum(-1), most).clamp(max=capacity)
+        full = kept.sum(-1) >= torch.maximum(
+            always.sum(-1), torch.tensor(most, device=case.device)
+        ).clamp(max=capacity)
         # Unless the list is full, all that is always kept is there.
         assert (full[..., None] | kept | ~always).all(), case
         lost = (mass * gone).sum(-1)
