@@ -364,7 +364,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokens-per-question",
         type=int,
         default=512,
-        help="of long prompts, at the least; short ones ask up to 32 (anywhere: 64) in any case",
+        help="long prompts ask up to one question for so many; short ones up to 32 (anywhere: 64)",
     )
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint to train further")
     parser.add_argument("--text-bytes", type=int, default=100_000_000, help="haystack, at most")

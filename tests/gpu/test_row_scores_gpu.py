@@ -48,7 +48,7 @@ SWEPT_CASES = [
         17, 9000, 9000, dtype=BF16, dim=80, name="low_rank", device="cuda", block_q=64, block_k=128
     ),
     Case(18, 8500, 8500, dtype=BF16, dim=32, name="low_rank", **COMMON),
-    # More blocks are wanted than rows of their place may list.
+    # More blocks are wanted than a list may hold.
     Case(22, 9000, 9000, dtype=BF16, dim=64, numbers=((1, 0),), name="low_rank", **COMMON),
     # Narrow windows leave rows that see no whole block between others that do.
     Case(19, 3000, 16500, 13500, left=127, dtype=BF16, dim=64, name="low_rank", **COMMON),
