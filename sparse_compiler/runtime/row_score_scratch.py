@@ -14,8 +14,8 @@ from sparse_compiler.codegen.sweep_spec import SweepSpec
 
 __all__ = ["Chunk", "Scratch", "chunks_of", "scratch_for"]
 
-#: Bytes that are in use at once, where the smallest piece of work allows it, and the share of a
-#: device's memory: fewer and larger launches leave fewer multiprocessors idle at their ends.
+#: Bytes that are in use at once, where the smallest piece of work allows it, but no more than this
+#: part of a device's memory. Fewer and larger launches were faster (docs/design/0016-estimators.md).
 _BYTES = 1 << 31
 _MEMORY_SHARE = 64
 _LEAST_ROWS = 4096  # of a launch: fewer leave the last programs alone
