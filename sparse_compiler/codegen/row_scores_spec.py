@@ -51,6 +51,7 @@ class RowScoresSpec(KernelSpec):
     unroll: int = 1
     sweep_blocks: int = 0
     recall: bool = False
+    eight: bool = False
 
     @property
     def swept(self) -> bool:

@@ -38,11 +38,17 @@ class SweepSpec(KernelSpec):
     sweep_align: int = 16
     num_warps: int = _WARPS
     unroll: int = 4
+    eight: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element."""
+        return 1 if self.eight else 2
 
     @property
     def tile(self) -> int:
         """Key blocks of a program: what fits in shared memory, and in registers."""
-        return min(64, _KEYS // (2 * self.per_block * self.head_dim))
+        return min(64, _KEYS // (self.width * self.per_block * self.head_dim))
 
     @property
     def slab_unit(self) -> int:

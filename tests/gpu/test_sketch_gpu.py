@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 LAUNCH = Launcher()
 BF16 = torch.bfloat16
 LARGE = [
-    Case(31, 6000, 6000, groups=3, kv_heads=2, dtype=BF16, block_k=64, decay=0.1),
+    Case(31, 6000, 6000, groups=3, kv_heads=2, dtype=BF16, block_k=64, decay=0.05),
     Case(32, 5000, 9345, offset=4345, dim=128, groups=4, dtype=BF16, block_k=64, decay=0.05),
     Case(33, 6000, 6000, dim=256, groups=1, padding=True, batch=2, block_k=128, decay=0.05),
     Case(34, 5000, 5000, dim=80, groups=1, strided=True, dtype=BF16, mean=20.0, decay=0.05),
