@@ -25,6 +25,7 @@ class SketchSpec(KernelSpec):
         samples: rows of a step of ``moments``, a power of two from 16.
         query_parts, key_parts: programs that share a query head's samples, and those of its keys,
             powers of two.
+        search_warps: warps of ``directions``; 0 takes as many as a GPU by NVIDIA needs.
         eight: what is projected is kept in 8 bits, e4m3; else in float16.
     """
 
@@ -36,6 +37,7 @@ class SketchSpec(KernelSpec):
     samples: int = 64
     query_parts: int = 8
     key_parts: int = 8
+    search_warps: int = 0
     eight: bool = False
 
     @property
@@ -57,8 +59,16 @@ class SketchSpec(KernelSpec):
         if function == "project":
             # Two stages: three programs then fit a Hopper multiprocessor.
             return {"num_warps": self.num_warps, "num_stages": 2}
-        stages = self.num_stages if function == "moments" else 2
-        return {"num_warps": 8 if self.head_pad >= 128 else 4, "num_stages": stages}
+        if function == "moments":
+            warps = 8 if self.head_pad >= 128 else 4
+            return {"num_warps": warps, "num_stages": self.num_stages}
+        warps = self.search_warps or (8 if self.head_pad >= 128 else 4)
+        return {"num_warps": warps, "num_stages": 2}
+
+    @property
+    def inner(self) -> int:
+        """Columns of a step of a product of directions and a matrix, as many as registers hold."""
+        return 32 if self.head_pad <= 128 else 16
 
     def rows_of_sum(self, parts: int) -> int:
         """Rows of a matrix that ``directions`` adds up at once over ``parts`` parts."""

@@ -67,6 +67,7 @@ def sketch_spec(
     """
     # Triton 3.6 fails to pipeline the loop of `moments` for Blackwell's matrix units.
     plain = capability[0] >= 10 and not hip
+    tile = 128 if dim <= 64 else 64
     # In the interpreter few, which are more than one of each.
     share = 8 if interpret else max(1, _PROGRAMS // lines)
     parts = max(2, min(16, power_of_two(share + 1) // 2))
@@ -78,12 +79,15 @@ def sketch_spec(
         rank=RANK,
         turns=low_rank.TURNS,
         block_k=block_k,
-        rows=max(block_k, 128 if dim <= 128 else 64),
+        # 512 rows of a program; three programs then fit a Hopper multiprocessor with D up to 128.
+        rows=max(block_k, tile),
+        steps=max(1, 512 // max(block_k, tile)),
         query_parts=parts,
         key_parts=parts,
         samples=32 if plain else 64,
         num_stages=1 if plain else 2 if hip else 3,
         interpret=interpret,
+        search_warps=4 if hip else 0,
         precision="ieee" if hip else float32_precision(),
         eight=eight,
     )

@@ -55,6 +55,10 @@ def numbers_of_both_sides_are_of_one_size() -> None:
         assert (sizes[0] > 0.01).all() and (sizes[0] < 8).all()
 
 
+#: NaN, inf and a scale below 0, equal keys, one row that is not 0, and sizes far apart.
+EIGHT = (6, 7, 9, 11, 17)
+
+
 def a_constant_of_all_keys_changes_nothing() -> None:
     case = Case(1, decay=0.05)
     near, far = shifted(case)
@@ -76,7 +80,7 @@ if __name__ == "__main__":
     CACHE = KernelCache(Path(sys.argv[1]))
     for case in CASES:
         assert_agrees(case, in_the_interpreter)
-        if case.dim <= 64 and case.seed != 14:  # the rest takes minutes
+        if case.seed in EIGHT:
             assert_agrees(case, in_eight_bits, eight=True)
     numbers_of_both_sides_are_of_one_size()
     a_constant_of_all_keys_changes_nothing()
