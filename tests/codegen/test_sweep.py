@@ -33,7 +33,13 @@ from sparse_compiler.runtime.ahead import (
     report_of,
 )
 
-BEHIND = {"q": "*fp8e4nv", "keys": "*fp8e4nv", "slabs": "*fp16", "scores": "*fp16", "scale_log2": "fp32"}
+BEHIND = {
+    "q": "*fp8e4nv",
+    "keys": "*fp8e4nv",
+    "slabs": "*fp16",
+    "scores": "*fp16",
+    "scale_log2": "fp32",
+}
 SHIPPED: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": True},

@@ -31,7 +31,6 @@ from sparse_compiler.runtime.select import select_index, summarize  # noqa: E402
 from sparse_compiler.runtime.triton_executor import TritonExecutor  # noqa: E402
 from sparse_compiler.testing import parameters  # noqa: E402
 
-
 #: Directions and keys of each query head, two heads of one key head, a broken key.
 OF_EACH_HEAD: dict[str, Any] = {"dim": 40, "groups": 2, "numbers": ((20_000, 2), (5_000, 0))}
 OF_EACH_HEAD["broken"] = float("inf")

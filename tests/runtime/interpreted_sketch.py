@@ -41,7 +41,9 @@ def in_the_interpreter(
     return sketch(CACHE, Launcher(), request, **options)
 
 
-def in_eight_bits(request: SelectRequest, block_k: int, key_blocks: int) -> tuple[torch.Tensor, ...]:
+def in_eight_bits(
+    request: SelectRequest, block_k: int, key_blocks: int
+) -> tuple[torch.Tensor, ...]:
     return in_the_interpreter(request, block_k, key_blocks, eight=True)
 
 

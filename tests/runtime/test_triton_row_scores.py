@@ -62,7 +62,9 @@ def test_four_programs_fit_a_hopper_multiprocessor(spec: RowScoresSpec, tmp_path
     assert "cp.async" in report.assembly
 
 
-@pytest.mark.parametrize(("target", "eight"), [("sm_80", False), ("sm_100", True), ("gfx942", False)])
+@pytest.mark.parametrize(
+    ("target", "eight"), [("sm_80", False), ("sm_100", True), ("gfx942", False)]
+)
 def test_scores_elsewhere_compile_for(target: str, eight: bool, tmp_path: Path) -> None:
     spec = replace(EIGHT if eight else HALF, max_registers=0, packed=target != "gfx942")
     report = _compiled(spec, "score", target, tmp_path)
