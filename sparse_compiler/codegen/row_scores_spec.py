@@ -30,11 +30,12 @@ class RowScoresSpec(KernelSpec):
         tile: key blocks of one step.
         line: key blocks that a program of ``choose`` ranks, a power of two.
         max_registers: of a thread of ``score``; 0 leaves it to the assembler.
-        half: products are added up in float16: queries and keys are, and hold few directions.
+        half: products are added up in float16: queries and keys have no more bits, and few directions.
         packed: maxima are taken of two float16 numbers at once, by NVIDIA's instruction.
         unroll: products of one turn of the inner loop; divides the groups of a block.
         sweep_blocks: key blocks of a tile of the ``SweepSpec`` kernel that goes before; 0 without one.
         recall: blocks are kept for a share of the mass, not by a threshold (``BlockRule``).
+        eight: queries and keys have 8 bits, e4m3, whatever ``dtype`` says; ``head_dim`` is 32 or more.
     """
 
     heads: int
@@ -51,6 +52,7 @@ class RowScoresSpec(KernelSpec):
     unroll: int = 1
     sweep_blocks: int = 0
     recall: bool = False
+    eight: bool = False
 
     @property
     def swept(self) -> bool:

@@ -1,4 +1,4 @@
-"""Spec of the kernels that find a key head's directions and project queries and keys on them."""
+"""Spec of the kernels that find a query head's directions and project queries and keys on them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ class SketchSpec(KernelSpec):
         rows: rows of a tile of ``project``, a multiple of ``block_k``.
         steps: tiles that a program of ``project`` takes one after another.
         samples: rows of a step of ``moments``, a power of two from 16.
-        query_parts, key_parts: programs that share a key head's samples, powers of two.
+        query_parts, key_parts: programs that share a query head's samples, and those of its keys,
+            powers of two.
+        search_warps: warps of ``directions``; 0 takes as many as a GPU by NVIDIA needs.
+        eight: what is projected is kept in 8 bits, e4m3; else in float16.
     """
 
-    rank: int = 16
+    rank: int = 32
     turns: int = 2
     block_k: int = 64
     rows: int = 128
     steps: int = 4
     samples: int = 64
-    query_parts: int = 16
-    key_parts: int = 4
+    query_parts: int = 8
+    key_parts: int = 8
+    search_warps: int = 0
+    eight: bool = False
 
     @property
     def tile(self) -> int:
@@ -42,7 +47,7 @@ class SketchSpec(KernelSpec):
 
     @property
     def tiles(self) -> int:
-        """Programs of ``moments`` for each part of a key head."""
+        """Programs of ``moments`` for each part of a query head."""
         return (self.head_pad // self.tile) ** 2
 
     @property
@@ -54,8 +59,16 @@ class SketchSpec(KernelSpec):
         if function == "project":
             # Two stages: three programs then fit a Hopper multiprocessor.
             return {"num_warps": self.num_warps, "num_stages": 2}
-        stages = self.num_stages if function == "moments" else 2
-        return {"num_warps": 8 if self.head_pad >= 128 else 4, "num_stages": stages}
+        if function == "moments":
+            warps = 8 if self.head_pad >= 128 else 4
+            return {"num_warps": warps, "num_stages": self.num_stages}
+        warps = self.search_warps or (8 if self.head_pad >= 128 else 4)
+        return {"num_warps": warps, "num_stages": 2}
+
+    @property
+    def inner(self) -> int:
+        """Columns of a step of a product of directions and a matrix, as many as registers hold."""
+        return 32 if self.head_pad <= 128 else 16
 
     def rows_of_sum(self, parts: int) -> int:
         """Rows of a matrix that ``directions`` adds up at once over ``parts`` parts."""
@@ -63,7 +76,7 @@ class SketchSpec(KernelSpec):
 
     @property
     def at_moments(self) -> int:
-        """Where A and then B begin in a key head's part of ``work``, in numbers; so below."""
+        """Where A and then B begin in a query head's part of ``work``, in numbers; so below."""
         return self.parts * self.head_pad**2
 
     @property
@@ -88,7 +101,7 @@ class SketchSpec(KernelSpec):
 
     @property
     def line(self) -> int:
-        """Numbers of a key head in ``work``, a multiple of 64."""
+        """Numbers of a query head in ``work``, a multiple of 64."""
         return -(-(self.at_units + 3 * self.rank) // 64) * 64
 
     @property

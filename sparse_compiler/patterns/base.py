@@ -88,7 +88,8 @@ class BlockRule:
             the best group of each key block; a power of two.
         operands: what is scored.
         group: keys of a group, or ``WHOLE_BLOCKS``, for predicted costs.
-        rank: directions that are scored, 0 for the whole head, for predicted costs.
+        rank: directions of 16 bits that take as long as those that are scored, 0 for the whole head,
+            for predicted costs.
         recall: ``first`` is per mille of the mass to keep (``ranking.wanted_for_share``), not what a
             single group must hold.
     """
@@ -189,8 +190,8 @@ class Scored:
 
     Args:
         queries: [B, Hq, Lq, R].
-        keys: [B, Hkv, groups, R], all finite.
-        broken: bool [B, Hkv, groups], where a NaN or inf was.
+        keys: [B, H, groups, R], all finite; H is Hkv, or Hq where each query head has its own.
+        broken: bool [B, H, groups], where a NaN or inf was.
         group: keys of a group, a power of two that divides the key block.
         scale: positive; logit = scale * query . key, up to a constant for each row.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_compiler.patterns.base import BlockRule
-from sparse_compiler.patterns.low_rank import RANK, LowRank, sketches
+from sparse_compiler.patterns.low_rank import COSTS_AS, LowRank, sketches
 
 __all__ = ["LowRankRecall"]
 
@@ -19,7 +19,7 @@ class LowRankRecall(LowRank):
     not reached.
 
     What is bounded: in no row do the best keys of the blocks that go hold more than a quarter of what
-    may be lost, as far as 16 directions and the estimated normaliser (up to twice too large, too small
+    may be lost, as far as 32 directions and the estimated normaliser (up to twice too large, too small
     where a broad row's samples miss its mass) know it. What is not: the rest of those blocks. A block
     of 64 keys can hold 64 times its best key, so that a row whose attention is broad, beside rows
     whose attention is not, can lose up to 16 times the share. The factor 64 would bound it, and keeps
@@ -34,4 +34,4 @@ class LowRankRecall(LowRank):
     usual = 950
     widest = 1000
     is_share = True
-    rule = BlockRule(number, every=32, operands=sketches, rank=RANK, recall=True)
+    rule = BlockRule(number, every=32, operands=sketches, rank=COSTS_AS, recall=True)

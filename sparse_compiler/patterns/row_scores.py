@@ -73,7 +73,7 @@ def score_blocks(request: SelectRequest, slot: int, scored: Scored, every: int) 
     """
     geometry, num_q, group = request.geometry, request.q.shape[2], scored.group
     head = request.heads[slot : slot + 1]
-    keys = scored.keys.index_select(1, head // (request.q.shape[1] // request.k.shape[1]))[:, 0]
+    keys = scored.keys.index_select(1, head // (request.q.shape[1] // scored.keys.shape[1]))[:, 0]
     keys = keys.float().transpose(-1, -2)
     queries = scored.queries.index_select(1, head)[:, 0]
     low, high = row_intervals(geometry, num_q, request.rows, request.bounds)
@@ -124,7 +124,8 @@ def _group_bias(request: SelectRequest, head: Tensor, rows: slice, group: int) -
 def broken_blocks(request: SelectRequest, slot: int, scored: Scored) -> Tensor:
     """Key blocks that hold a NaN or inf, bool [B, 1, key blocks]; a score says nothing of them."""
     head = request.heads[slot : slot + 1]
-    broken = scored.broken.index_select(1, head // (request.q.shape[1] // request.k.shape[1]))
+    sharing = request.q.shape[1] // scored.broken.shape[1]
+    broken = scored.broken.index_select(1, head // sharing)
     per_block = request.geometry.block_k // scored.group
     pad = -broken.shape[2] % per_block
     return torch.nn.functional.pad(broken, (0, pad)).unflatten(2, (-1, per_block)).any(-1)

@@ -27,7 +27,7 @@ def sweep_spec(
     """The kernel that goes before ``spec``'s, or None where it does not fit or does not pay."""
     if not spec.half or not spec.packed or spec.interpret or spec.key_mask:
         return None
-    if spec.head_dim not in (16, 32) or spec.per_block < 4:
+    if spec.head_dim not in ((32,) if spec.eight else (16, 32)) or spec.per_block < 4:
         return None
     if device.type != "cuda" or device_capability(device)[0] != 9:
         return None
@@ -42,6 +42,7 @@ def sweep_spec(
         every=spec.every,
         block_k=spec.block_k,
         sweep_step=spec.rows,
+        eight=spec.eight,
     )
     pays = num_q >= sweep.rows and num_k >= 2 * sweep.tile * sweep.block_k
     return sweep if sweep.tile >= 16 and sweep.rows % spec.rows == 0 and pays else None
@@ -62,8 +63,9 @@ def launch_sweep(
     """Fill what ``score`` then reads, for the rows and key blocks that ``swept_blocks`` names.
 
     Args:
-        queries: float16 [B, Hq, Lq, D], scaled to units of log2.
-        keys: float16 [B, Hkv, PER, key blocks, D], contiguous.
+        queries: [B, Hq, Lq, D], of type float8_e4m3fn with ``spec.eight``, else float16; their
+            products with keys are in units of log2.
+        keys: [B, H, PER, key blocks, D] of that type, contiguous; H is Hq / ``spec.groups``.
         params, rows: int32, as ``score`` reads them.
         slab: float16 [lines, rows, slab size].
         tops, totals: float32 [lines, key tiles, rows].

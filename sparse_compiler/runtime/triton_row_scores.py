@@ -38,8 +38,9 @@ class Vectors:
 
     Args:
         queries: [B, Hq, Lq, R].
-        keys: [B, Hkv, PER, key blocks, R]: vector ``sub`` of block n at [sub, n].
-        broken: uint8 [B, Hkv, key blocks], blocks with a NaN or inf.
+        keys: [B, H, PER, key blocks, R]: vector ``sub`` of block n at [sub, n]; as in ``Scored``, H
+            is Hkv or Hq.
+        broken: uint8 [B, H, key blocks], blocks with a NaN or inf.
         group: keys for which a vector stands.
         scale: of the products, to natural logarithms.
     """
@@ -55,16 +56,17 @@ def row_scores_spec(
     rule: BlockRule, vectors: Vectors, geometry: Geometry, *, key_mask: bool, interpret: bool
 ) -> RowScoresSpec:
     """The kernels that a layer needs."""
-    queries, (_, kv_heads, per_block, key_blocks, dim) = vectors.queries, vectors.keys.shape
+    queries, (_, key_heads, per_block, key_blocks, dim) = vectors.queries, vectors.keys.shape
     dtype, heads = queries.dtype, queries.shape[1]
     hip = torch.version.hip is not None
     hopper = not hip and device_capability(queries.device)[0] == 9
     wide = hip or dtype == torch.float32 or dim > 128
-    half = dtype == torch.float16 and dim <= _FEW
+    eight = dtype == torch.float8_e4m3fn
+    half = eight or (dtype == torch.float16 and dim <= _FEW)
     return RowScoresSpec(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="float16" if eight else str(dtype).removeprefix("torch."),
         head_dim=dim,
-        groups=heads // kv_heads,
+        groups=heads // key_heads,
         causal=geometry.right >= 0,
         window=geometry.left >= 0,
         key_mask=key_mask,
@@ -85,6 +87,7 @@ def row_scores_spec(
         packed=half and not hip,
         unroll=4 if half and per_block >= 4 else 1,
         recall=rule.recall,
+        eight=eight,
         interpret=interpret,
         precision=float32_precision(),
     )
@@ -231,8 +234,11 @@ def _vectors(
 def in_half(scored: Scored) -> Scored:
     """With few directions, 16-bit operands in float16, the scale within the queries.
 
-    Hopper adds such products up in float16 registers and compares two at once.
+    Hopper adds such products up in float16 registers and compares two at once. Operands of 8 bits
+    stay as they are.
     """
+    if scored.queries.dtype == torch.float8_e4m3fn:
+        return scored
     if scored.scale == 0:
         scored = replace(scored, queries=torch.zeros_like(scored.queries), scale=1.0)
     if scored.queries.dtype == torch.float32 or scored.queries.shape[-1] > _FEW:
@@ -243,8 +249,8 @@ def in_half(scored: Scored) -> Scored:
 
 
 def by_block(scored: Scored, key_blocks: int, per_block: int) -> tuple[Tensor, Tensor]:
-    """Vectors [B, Hkv, PER, key blocks, R], so that neighbouring blocks lie side by side; and
-    whether a block is broken, uint8 [B, Hkv, key blocks]."""
+    """Vectors [B, H, PER, key blocks, R], so that neighbouring blocks lie side by side; and
+    whether a block is broken, uint8 [B, H, key blocks]. H as in ``Scored``."""
     pad = key_blocks * per_block - scored.keys.shape[2]
     keys = torch.nn.functional.pad(scored.keys, (0, 0, 0, pad)).unflatten(2, (-1, per_block))
     broken = torch.nn.functional.pad(scored.broken, (0, pad)).unflatten(2, (-1, per_block))

@@ -7,11 +7,11 @@ from dataclasses import replace
 from sparse_compiler.codegen.row_scores_spec import RowScoresSpec
 from sparse_compiler.codegen.sweep_spec import SweepSpec
 
-#: 16 directions of single keys.
+#: 32 directions of single keys, each query head its own, in float16.
 HALF = RowScoresSpec(
     dtype="float16",
-    head_dim=16,
-    groups=4,
+    head_dim=32,
+    groups=1,
     heads=32,
     group=1,
     every=32,
@@ -23,6 +23,8 @@ HALF = RowScoresSpec(
     unroll=4,
     max_registers=128,
 )
-SWEEP = SweepSpec(dtype="float16", head_dim=16, groups=4, heads=32)
+#: The same in 8 bits.
+EIGHT = replace(HALF, eight=True)
+SWEEP = SweepSpec(dtype="float16", head_dim=32, groups=1, heads=32, eight=True)
 #: Behind ``SWEEP``.
-SWEPT = replace(HALF, tile=SWEEP.sweep_align, sweep_blocks=SWEEP.tile)
+SWEPT = replace(EIGHT, tile=SWEEP.sweep_align, sweep_blocks=SWEEP.tile)

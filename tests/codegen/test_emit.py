@@ -76,7 +76,13 @@ SPECS: dict[str, KernelSpec] = {
         dtype="bfloat16", head_dim=80, groups=2, heads=8, window=True, key_mask=True
     ),
     "sketch": SketchSpec(
-        dtype="bfloat16", head_dim=128, groups=4, query_parts=8, key_parts=2, num_stages=3
+        dtype="bfloat16",
+        head_dim=128,
+        groups=4,
+        query_parts=2,
+        key_parts=2,
+        num_stages=3,
+        eight=True,
     ),
     "sketch_wide": SketchSpec(
         dtype="float16", head_dim=256, groups=1, key_mask=True, rows=64, num_stages=3

@@ -33,12 +33,19 @@ from sparse_compiler.runtime.ahead import (
     report_of,
 )
 
-BEHIND = {"keys": "*fp16", "slabs": "*fp16", "scores": "*fp16", "scale_log2": "fp32"}
+BEHIND = {
+    "q": "*fp8e4nv",
+    "keys": "*fp8e4nv",
+    "slabs": "*fp16",
+    "scores": "*fp16",
+    "scale_log2": "fp32",
+}
 SHIPPED: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": True},
     "no_causal_order": {"causal": False},
-    "wide": {"head_dim": 32},
+    "half": {"eight": False},
+    "shared": {"eight": False, "head_dim": 16, "groups": 4},
     "small_blocks": {"block_k": 32, "per_block": 32},
     "large_blocks": {"block_k": 128, "per_block": 128},
 }
@@ -47,7 +54,9 @@ SHIPPED: dict[str, dict[str, Any]] = {
 def swept(spec: SweepSpec, folder: Path) -> Report:
     module = load(spec, folder)
     box = [spec.per_block, spec.tile, spec.head_dim]
-    types = {"slab": "*fp16", "key_source": f"tensordesc<fp16{box},{module.WHOLE.value!r}>"}
+    element = "fp8e4nv" if spec.eight else "fp16"
+    types = {"slab": "*fp16", "key_source": f"tensordesc<{element}{box},{module.WHOLE.value!r}>"}
+    types["q"] = f"*{element}"
     return report_of(compile_launch(Launch(spec, "sweep", {}, types), module, TARGETS["sm_90"]))
 
 
@@ -57,9 +66,10 @@ def test_keys_stay_and_nothing_spills(name: str, tmp_path: Path) -> None:
     report = swept(spec, tmp_path)
     assert report.registers <= 65536 // (32 * spec.num_warps), "one program a multiprocessor"
     assert report.spills == 0
-    keys = 2 * spec.per_block * spec.tile * spec.head_dim
+    keys = spec.width * spec.per_block * spec.tile * spec.head_dim
     assert keys <= report.shared <= min(keys + 1024, SHARED_LIMIT["sm_90"])
-    product = rf"wgmma\.mma_async\S*\.m64n{spec.tile}k16\.f16\.f16\.f16"
+    kind = r"k32\.f16\.e4m3\.e4m3" if spec.eight else r"k16\.f16\.f16\.f16"
+    product = rf"wgmma\.mma_async\S*\.m64n{spec.tile}{kind}"
     assert re.search(product, report.assembly)
     assert "cp.async.bulk.tensor.3d" in report.assembly
     assert "max.f16x2" in report.assembly
@@ -80,6 +90,7 @@ def test_four_programs_of_the_rest_fit_a_multiprocessor(window: bool, tmp_path: 
     report = report_of(compile_launch(launch, module, TARGETS["sm_90"]))
     assert report.registers <= 128
     assert report.spills <= 64
+    assert re.search(r"wgmma\.mma_async\S*k32\.f16\.e4m3\.e4m3", report.assembly)
     assert report.shared <= 56 * 1024
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
-from row_score_cases import Case, assert_agrees
+from row_score_cases import Case, assert_agrees, use_eight_bits
 
 from sparse_compiler.ir.index import Geometry
 from sparse_compiler.ir.pattern import HeadPattern
-from sparse_compiler.runtime import row_score_scratch, triton_row_scores
-from sparse_compiler.runtime.hopper_sweep import launch_sweep
+from sparse_compiler.runtime import row_score_scratch, triton_row_scores, triton_sketch
+from sparse_compiler.runtime.hopper_sweep import launch_sweep, sweep_spec
 from sparse_compiler.runtime.registry import executor_for
 from sparse_compiler.testing import sparse_attention
 
@@ -59,10 +60,41 @@ SWEPT_CASES = [
 ]
 
 
+#: Of 32 directions, or of heads with 32 numbers: what the kernels may read in 8 bits.
+EIGHT_CASES = [c for c in CASES + SWEPT_CASES if c.name == "low_rank" and c.dim >= 32]
+
+
+@pytest.fixture
+def eight_bits() -> Iterator[None]:
+    """PyTorch's sketches, rounded to 8 bits, for the kernels and for PyTorch's lists alike."""
+    if not triton_sketch.eight_bits(torch.device("cuda")):
+        pytest.skip("no products of 8-bit numbers")
+    undo = use_eight_bits()
+    yield
+    undo()
+
+
 @pytest.fixture
 def pytorch_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions that kernels find are others, as good (test_sketch_gpu.py); lists then differ."""
     monkeypatch.setattr(triton_row_scores, "sketch_fits", lambda request: False)
+
+
+@pytest.mark.usefixtures("eight_bits")
+@pytest.mark.parametrize("case", EIGHT_CASES, ids=lambda case: f"{case.name}-{case.seed}")
+def test_the_same_lists_from_numbers_of_8_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = []
+
+    def chosen(*arguments: Any) -> Any:
+        specs.append((arguments[0], sweep_spec(*arguments)))
+        return specs[-1][1]
+
+    monkeypatch.setattr(triton_row_scores, "sweep_spec", chosen)
+    assert_agrees(case, executor_for("triton", "cuda"))
+    assert all(spec.eight for spec, _ in specs)
+    swept = all(sweep is not None and sweep.eight for _, sweep in specs)
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert swept == (hopper and case in SWEPT_CASES)
 
 
 @pytest.mark.usefixtures("pytorch_sketches")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
-from row_score_cases import Case, case_request
+from row_score_cases import Case, case_request, in_eight
 
 from sparse_compiler.errors import PatternInvalid
 from sparse_compiler.ir.index import Geometry
@@ -19,7 +20,9 @@ from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import BlockChoice, SelectRequest
 from sparse_compiler.patterns.block_sparse import BlockSparse
-from sparse_compiler.patterns.low_rank import LowRank, projections
+from sparse_compiler.patterns.low_rank import RANK, LowRank, projections, sketches
+from sparse_compiler.patterns.relation import request_relation
+from sparse_compiler.patterns.row_scores import keep_blocks, score_blocks
 from sparse_compiler.runtime.select import _block_rule, summarize
 from sparse_compiler.testing import sparse_attention
 
@@ -28,7 +31,7 @@ from sparse_compiler.testing import sparse_attention
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_row_does_not_choose_for_its_neighbours(name: str, value: float) -> None:
     case = Case(
-        seed=0, num_q=512, num_k=512, dim=32, name=name, block_q=64, groups=1, numbers=((9000, 2),)
+        seed=0, num_q=512, num_k=512, dim=48, name=name, block_q=64, groups=1, numbers=((9000, 2),)
     )
     request = case.request()
     # A group of keys in block 5 that all rows of the last row block look for.
@@ -47,7 +50,7 @@ def test_a_broken_row_does_not_choose_for_its_neighbours(name: str, value: float
 
 
 def test_directions_are_those_of_rows_that_are_no_padding() -> None:
-    case = Case(seed=1, num_q=400, num_k=400, dim=32, name="low_rank")
+    case = Case(seed=1, num_q=400, num_k=400, dim=48, name="low_rank")
     request = case.request()
     mask = torch.ones(1, 400, dtype=torch.bool)
     mask[:, :300] = False
@@ -57,6 +60,40 @@ def test_directions_are_those_of_rows_that_are_no_padding() -> None:
     loud[:, :, :300] = 100 * torch.randn_like(loud[:, :, :300])
     for quiet, noisy in zip(projections(padded), projections(replace(padded, q=loud)), strict=True):
         torch.testing.assert_close(quiet, noisy)
+
+
+def test_query_heads_of_one_key_head_have_directions_of_their_own() -> None:
+    """Two heads that each look at 32 numbers of 64, the other half for the other head."""
+    case = Case(seed=2, num_q=300, num_k=300, dim=64, name="low_rank", groups=2)
+    request = case.request()
+    q = request.q.clone()
+    q[:, 0, :, 32:] = 0
+    q[:, 1, :, :32] = 0
+    request = replace(request, q=q)
+    scored = sketches(request)
+    assert scored.keys.shape == (1, 2, 300, RANK)
+    assert scored.broken.shape == (1, 2, 300)
+    keys = request.k.repeat_interleave(2, 1)
+    keys = keys - keys.mean(2, keepdim=True)
+    want = q @ keys.transpose(-1, -2)
+    got = scored.queries @ scored.keys.transpose(-1, -2)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eight_bits_hardly_change_what_is_listed(seed: int) -> None:
+    case = Case(seed, 1024, 1024, dim=64, name="low_rank", block_q=64, block_k=64, groups=2)
+    request = case.request()
+    request = replace(request, scale=0.25)
+    for slot, head in enumerate(replace(case, numbers=((7000, 6),)).heads):
+        asked = case_request(request, slot, head)
+        relation = request_relation(asked)
+        exact, rounded = (score_blocks(asked, 0, of(asked), 32) for of in (sketches, in_eight))
+        kept, listed = (keep_blocks(asked, 0, s, *relation) for s in (exact, rounded))
+        strong = kept & (exact > math.log(0.1))
+        assert strong.sum() > 20
+        assert (listed & strong).sum() >= 0.9 * strong.sum()
+        assert (exact - rounded)[strong].abs().mean() < 0.15
 
 
 class _Own(LowRank):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -18,16 +19,21 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from row_score_cases import Case, assert_agrees, cases  # noqa: E402
+from row_score_cases import Case, assert_agrees, cases, use_eight_bits  # noqa: E402
 
 from sparse_compiler.codegen.row_scores_spec import RowScoresSpec  # noqa: E402
 from sparse_compiler.codegen.sweep_spec import SweepSpec  # noqa: E402
 from sparse_compiler.ir.pattern import HeadPattern  # noqa: E402
 from sparse_compiler.patterns import registry  # noqa: E402
 from sparse_compiler.runtime import row_score_scratch, triton_row_scores  # noqa: E402
+from sparse_compiler.runtime.hopper_sweep import launch_sweep, sweep_spec  # noqa: E402
 from sparse_compiler.runtime.select import select_index, summarize  # noqa: E402
 from sparse_compiler.runtime.triton_executor import TritonExecutor  # noqa: E402
 from sparse_compiler.testing import parameters  # noqa: E402
+
+#: Directions and keys of each query head, two heads of one key head, a broken key.
+OF_EACH_HEAD: dict[str, Any] = {"dim": 40, "groups": 2, "numbers": ((20_000, 2), (5_000, 0))}
+OF_EACH_HEAD["broken"] = float("inf")
 
 
 @settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -38,6 +44,7 @@ from sparse_compiler.testing import parameters  # noqa: E402
 @example(Case(seed=6, num_q=300, num_k=1900, offset=1600, numbers=((1, 0),), name="low_rank"))
 @example(Case(seed=7, num_q=64, num_k=1900, offset=1836, left=1000, numbers=((1, 0),), groups=1))
 @example(Case(seed=3, num_q=64, num_k=64, right=-1, broken=float("nan"), batch=2, padding=True))
+@example(Case(seed=8, num_q=70, num_k=130, offset=60, name="low_rank", **OF_EACH_HEAD))
 def the_lists_agree(case: Case) -> None:
     assert_agrees(case, EXECUTOR)
 
@@ -88,6 +95,7 @@ def small_sweep(
         block_k=spec.block_k,
         rows=64,
         sweep_step=spec.rows,
+        eight=spec.eight,
     )
 
 
@@ -127,9 +135,11 @@ def swept_in_pytorch(
             for tile in range(begin // spec.tile, -(-end // spec.tile) if end > begin else 0):
                 part = slice(max(begin, tile * spec.tile), min(end, (tile + 1) * spec.tile))
                 SWEPT.append((line, place, part))
+                those = queries[b, head, place : place + step].float()
                 near = keys[b, head // spec.groups, :, part].float()
-                scores = torch.einsum("rd,pnd->rnp", queries[b, head, place : place + step], near)
-                scores *= SCALE * 1.4426950408889634
+                scores = torch.einsum("rd,pnd->rnp", those, near)
+                if not spec.eight:
+                    scores *= SCALE * 1.4426950408889634
                 best = scores.amax(-1)
                 # Tiles of 64 rows and 64 blocks.
                 tiled = slab[line].view(-1, slab.shape[2] // 64, 64, 64)
@@ -150,6 +160,7 @@ SWEPT_CASES = [
     Case(seed=2, num_q=400, num_k=400, batch=2, dim=16, groups=2, block_q=64),
     Case(seed=3, num_q=200, num_k=900, offset=700, left=640, dim=16, groups=1),
     Case(seed=4, num_q=130, num_k=520, right=-1, dim=16, groups=1, numbers=((200_000, 2),)),
+    Case(seed=5, num_q=300, num_k=600, offset=300, **OF_EACH_HEAD),
 ]
 
 
@@ -166,9 +177,31 @@ def what_was_swept_before_counts() -> None:
             assert SWEPT, case
 
 
+def eight_bits_are_read() -> None:
+    """The kernels list what PyTorch lists from the same rounded numbers."""
+    undo = use_eight_bits()
+    for case in EIGHT:
+        assert_agrees(case, EXECUTOR)
+    triton_row_scores.sweep_spec = small_sweep
+    triton_row_scores.launch_sweep = swept_in_pytorch
+    SWEPT.clear()
+    assert_agrees(replace(SWEPT_CASES[-1], name="low_rank"), EXECUTOR)
+    assert SWEPT
+    triton_row_scores.sweep_spec = sweep_spec
+    triton_row_scores.launch_sweep = launch_sweep
+    undo()
+
+
+EIGHT = [
+    Case(seed=8, num_q=70, num_k=130, offset=60, name="low_rank", **OF_EACH_HEAD),
+    Case(seed=9, num_q=70, num_k=70, padding=True, batch=2, dim=64, groups=3, name="low_rank"),
+    Case(seed=10, num_q=64, num_k=200, left=50, offset=136, dim=32, name="low_rank"),
+]
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     EXECUTOR = TritonExecutor(Path(sys.argv[1]))
     a_mixed_layer_is_listed_pattern_by_pattern()
     the_lists_agree()
+    eight_bits_are_read()
     what_was_swept_before_counts()

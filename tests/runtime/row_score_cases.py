@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from sparse_compiler.ir.index import Geometry, capacity_blocks
 from sparse_compiler.ir.pattern import HeadPattern
 from sparse_compiler.patterns import registry
 from sparse_compiler.patterns.base import Limits, Scored, SelectRequest
+from sparse_compiler.patterns.low_rank import LowRank, sketches
 from sparse_compiler.patterns.ranking import edge_blocks
 from sparse_compiler.patterns.relation import request_relation
 from sparse_compiler.patterns.row_scores import RowScored, broken_blocks, score_blocks
@@ -144,7 +146,7 @@ def assert_agrees(case: Case, executor: Executor) -> None:
         asked = case_request(request, slot, head)
         scored = pattern.rule.operands(asked)
         scores = score_blocks(asked, 0, scored, pattern.rule.every)
-        tolerance = TOLERANCE + ROUNDING * _largest(scored, slot // case.groups, slot)
+        tolerance = TOLERANCE + ROUNDING * _largest(scored, slot)
         threshold = math.log(max(1, head.first) / 1e6)
         visible, own = request_relation(asked)
         always = (own | edge_blocks(asked)) & visible
@@ -160,12 +162,41 @@ def assert_agrees(case: Case, executor: Executor) -> None:
         )
 
 
-def _largest(scored: Scored, kv_head: int, head: int) -> float:
+def _largest(scored: Scored, head: int) -> float:
     """The largest score of a head in 16 bits, in natural logarithms; 0 for other types."""
     if scored.queries.dtype == torch.float32:
         return 0.0
-    queries, keys = scored.queries[:, head].float(), scored.keys[:, kv_head].float()
+    sharing = scored.queries.shape[1] // scored.keys.shape[1]
+    queries, keys = scored.queries[:, head].float(), scored.keys[:, head // sharing].float()
     return float((queries @ keys.transpose(-1, -2)).abs().amax() * scored.scale)
+
+
+def in_eight(request: SelectRequest) -> Scored:
+    """The sketches of ``low_rank`` in 8 bits: both sides balanced, products in units of log2.
+
+    What ``triton_sketch`` does, with PyTorch's directions, and statistics of all keys.
+    """
+    scored = sketches(request)
+    queries, keys = scored.queries.float(), scored.keys.float()
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+    broken = scored.broken.repeat_interleave(keys.shape[1] // scored.broken.shape[1], 1)
+    size = keys.square().mean(2, keepdim=True).sqrt()
+    size = torch.maximum(size, 2**-12 * size.amax(-1, keepdim=True)).clamp(min=1e-30)
+    factor = math.sqrt(scored.scale / math.log(2))
+    queries, keys = queries * size.sqrt() * factor, keys / size.sqrt() * factor
+    queries, keys = (t.clamp(-448, 448).to(torch.float8_e4m3fn) for t in (queries, keys))
+    return Scored(queries, keys, broken, scored.group, math.log(2))
+
+
+def use_eight_bits() -> Callable[[], None]:
+    """``low_rank`` scores what ``in_eight`` rounds, here and in the executor; undone by what returns."""
+    before = LowRank.rule
+    LowRank.rule = replace(before, operands=in_eight)
+
+    def undo() -> None:
+        LowRank.rule = before
+
+    return undo
 
 
 def case_request(request: SelectRequest, slot: int, head: HeadPattern) -> SelectRequest:

@@ -129,8 +129,8 @@ def without_rounding(request: SelectRequest) -> Tensor:
     of_queries, of_keys, mean = (t.double() for t in projections(request))
     q, k = (t.double().nan_to_num(0.0, 0.0, 0.0) for t in (request.q, request.k))
     groups = q.shape[1] // k.shape[1]
-    left = q @ of_queries.repeat_interleave(groups, 1)
-    right = ((k - mean[:, :, None]) @ of_keys).repeat_interleave(groups, 1)
+    left = q @ of_queries
+    right = (k - mean[:, :, None]).repeat_interleave(groups, 1) @ of_keys
     return request.scale * _LOG2E * (left @ right.transpose(-1, -2))
 
 
@@ -149,20 +149,29 @@ def error(got: Tensor, want: Tensor, request: SelectRequest) -> Tensor:
     return (differ.square().sum((2, 3)) / pairs.sum((2, 3)).clamp(min=1)).sqrt()
 
 
-def assert_agrees(case: Case, sketch: Sketch) -> None:
-    """The sketch tells logits as well as PyTorch's does; zeros and marks are at the same places."""
+def assert_agrees(case: Case, sketch: Sketch, *, eight: bool = False) -> None:
+    """The sketch tells logits as well as PyTorch's does; zeros and marks are at the same places.
+
+    Args:
+        eight: numbers of 8 bits are expected. Each is off by up to 1/16, one with another by 1/40,
+            and a product by 1/28.
+    """
     request = case.request()
     found = sketch(request, case.block_k, case.key_blocks)
     wanted = by_pytorch(request, case.block_k, case.key_blocks)
     for got, want in zip(found, wanted, strict=True):
-        assert got.shape == want.shape and got.dtype == want.dtype and got.device == want.device
-        assert got.isfinite().all(), case
+        assert got.shape == want.shape and got.device == want.device
+        eighth = eight and want.dtype == torch.float16
+        assert got.dtype == (torch.float8_e4m3fn if eighth else want.dtype)
+        assert got.float().isfinite().all(), case
         assert got.is_contiguous()
+    found = tuple(t.half() if t.dtype == torch.float8_e4m3fn else t for t in found)
     assert torch.equal(found[2], wanted[2]), case
     row_is_broken = ~request.q.isfinite().all(-1)
     assert (found[0][row_is_broken] == 0).all()
     key = torch.arange(case.key_blocks * case.block_k, device=request.k.device)
     gone = torch.nn.functional.pad(~request.k.isfinite().all(-1), (0, len(key) - case.num_k))
+    gone = gone.repeat_interleave(case.groups, 1)
     line = found[1].transpose(2, 3).flatten(2, 3)
     assert (line[gone | (key >= case.num_k)] == 0).all()
 
@@ -171,9 +180,12 @@ def assert_agrees(case: Case, sketch: Sketch) -> None:
     got, want = (scores(*pair[:2], case.num_k) for pair in (found, wanted))
     ours, theirs = error(got, truth, request), error(want, truth, request)
     # The reference rounds directions and products to the inputs' type.
-    assert (ours <= 1.01 * theirs + 1e-3 * size + 1e-9).all(), f"{case}: {ours} above {theirs}"
-    if case.decay <= 0.1:
-        # Where the reference's directions are exact: it regularises what is far smaller.
+    most = 1.01 * theirs + (0.05 if eight else 1e-3) * size + 1e-9
+    assert (ours <= most).all(), f"{case}: {ours} above {theirs}, logits {size}"
+    if eight:
+        return
+    if case.decay <= 0.05:
+        # Where float32 knows all directions: with steeper ones the last are lost in rounding.
         apart = error(got, without_rounding(request), request)
         assert (apart <= 0.003 * size + 1e-9).all(), f"{case}: {apart} of {size} apart"
 
@@ -181,13 +193,13 @@ def assert_agrees(case: Case, sketch: Sketch) -> None:
 CASES = [
     Case(1),
     Case(2, dim=80, groups=3, padding=True, batch=2, num_q=70, num_k=101),
-    Case(3, dim=128, groups=4, kv_heads=2, strided=True, dtype=torch.bfloat16, decay=0.1),
+    Case(3, dim=128, groups=4, kv_heads=2, strided=True, dtype=torch.bfloat16, decay=0.05),
     Case(4, dim=256, groups=1, dtype=torch.bfloat16, padding=True, decay=0.05, mean=3.0),
     Case(5, num_q=50, num_k=200, offset=150, mean=30.0, block_k=64),
     Case(6, batch=2, broken=float("nan"), dtype=torch.bfloat16),
     Case(7, broken=float("inf"), right=-1, num_q=33, num_k=64, scale=-0.3),
-    Case(8, dim=24, groups=1, decay=0.0),
-    Case(9, dim=24, like="keys"),
+    Case(8, dim=40, groups=1, decay=0.0),
+    Case(9, dim=40, like="keys"),
     Case(10, like="queries"),
     Case(11, dim=80, like="row", dtype=torch.bfloat16),
     Case(12, like="channels", decay=0.0, dtype=torch.bfloat16),
@@ -199,12 +211,18 @@ CASES = [
     Case(18, num_q=40, num_k=40, dtype=torch.bfloat16, size=1e-25),
     Case(19, scale=0.0),
 ]
+#: Whole key blocks; sizes and scales that leave logits of one size.
+BALANCED = [
+    Case(41, decay=0.02),
+    Case(42, decay=0.02, size=1e3, scale=1e-6, dtype=torch.bfloat16),
+    Case(43, decay=0.02, like="channels", groups=1, dim=128, dtype=torch.bfloat16),
+]
 #: More rows than are sampled, where the number of samples is ``FEW``.
 SAMPLED = [
-    Case(21, num_q=200, num_k=330, offset=130, padding=True, decay=0.1),
-    Case(22, num_q=130, num_k=65, right=-1, groups=3, dtype=torch.bfloat16, decay=0.1),
+    Case(21, num_q=200, num_k=330, offset=130, padding=True, decay=0.05),
+    Case(22, num_q=130, num_k=165, right=-1, groups=3, dtype=torch.bfloat16, decay=0.05),
 ]
-FEW = 64
+FEW = 128
 
 
 def shifted(case: Case) -> tuple[SelectRequest, SelectRequest]:

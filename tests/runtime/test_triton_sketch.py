@@ -55,22 +55,24 @@ def test_what_the_kernels_do_not_know() -> None:
     assert not sketch_fits(replace(request, q=wide, k=wide))
 
 
-@pytest.mark.parametrize(("lines", "parts"), [(1, 16), (2, 16), (8, 8), (32, 4), (1000, 4)])
+@pytest.mark.parametrize(("lines", "parts"), [(1, 16), (6, 8), (8, 8), (32, 2), (1000, 2)])
 def test_parts_fill_a_device_once(lines: int, parts: int) -> None:
     spec = _shipped("sm_90", lines=lines)
-    assert (spec.query_parts, spec.key_parts) == (parts, parts // 4)
+    assert (spec.query_parts, spec.key_parts) == (parts, parts)
 
 
-def _shipped(target: str, dim: int = 128, lines: int = 8, **fields: Any) -> SketchSpec:
+def _shipped(target: str, dim: int = 128, lines: int = 32, **fields: Any) -> SketchSpec:
     options = {"block_k": 64, "key_mask": False, "interpret": False} | fields
     capability = CAPABILITY[target]
     hip = target.startswith("gfx")
+    options.setdefault("eight", target in ("sm_90", "sm_100"))
     return sketch_spec(torch.bfloat16, dim, 4, lines, capability=capability, hip=hip, **options)
 
 
 def _compiled(spec: SketchSpec, function: str, target: str, folder: Path) -> Report:
     options = spec.launch_options(function)
-    launch = Launch(spec, function, options, TYPES)
+    types = TYPES | ({"queries": "*fp8e4nv", "keys": "*fp8e4nv"} if spec.eight else {})
+    launch = Launch(spec, function, options, types)
     report = report_of(compile_launch(launch, load(spec, folder), TARGETS[target]))
     if not target.startswith("gfx"):
         return report
@@ -97,6 +99,8 @@ def test_compiles_for(function: str, target: str, tmp_path: Path) -> None:
     assert matrix[target] in report.assembly
     if target in ("sm_80", "sm_90"):
         assert "cp.async" in report.assembly
+    if function == "project" and target in ("sm_90", "sm_100"):
+        assert "cvt.rn.satfinite.e4m3x2.f32" in report.assembly
 
 
 @pytest.mark.parametrize("dim", [64, 128])
