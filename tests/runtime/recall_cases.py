@@ -47,10 +47,12 @@ recall_cases = st.builds(
 )
 
 
-def _alone(request: SelectRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+def _alone(
+    request: SelectRequest, rule: BlockRule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Scores, blocks always kept, visible blocks and the bound of one slot's lists."""
-    scored = RULE.operands(request)
-    scores = score_blocks(request, 0, scored, RULE.every)
+    scored = rule.operands(request)
+    scores = score_blocks(request, 0, scored, rule.every)
     visible, own = request_relation(request)
     always = (own | edge_blocks(request) | broken_blocks(request, 0, scored)) & visible
     geometry, num_k, second = request.geometry, request.k.shape[2], int(request.second[0])
@@ -59,16 +61,16 @@ def _alone(request: SelectRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return scores, always, visible, most
 
 
-def assert_keeps_share(case: Case, executor: Executor) -> None:
+def assert_keeps_share(case: Case, executor: Executor, rule: BlockRule = RULE) -> None:
     """What goes is the least by PyTorch's scores, and as much of it as may."""
     request, heads = case.request(), case.heads
     params = parameters(heads, causal=False).to(case.device)
     capacity = int(capacity_blocks(request.limits.blocks, case.num_k, case.block_k))
-    found = executor.select_blocks(request, params, RULE, capacity, len(heads))
+    found = executor.select_blocks(request, params, rule, capacity, len(heads))
     assert found is not None
     listed = marked(*found, case.geometry.num_key_blocks(case.num_k))
     for slot, head in enumerate(heads):
-        scores, always, visible, most = _alone(case_request(request, slot, head))
+        scores, always, visible, most = _alone(case_request(request, slot, head), rule)
         kept = listed[:, slot]
         assert not (kept & ~visible).any()
         known = visible & (scores > -math.inf)

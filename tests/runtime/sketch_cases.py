@@ -187,7 +187,7 @@ def assert_agrees(case: Case, sketch: Sketch, *, eight: bool = False) -> None:
     if case.decay <= 0.05:
         # Where float32 knows all directions: with steeper ones the last are lost in rounding.
         apart = error(got, without_rounding(request), request)
-        assert (apart <= 0.003 * size + 1e-9).all(), f"{case}: {apart} of {size} apart"
+        assert (apart <= 0.005 * size + 1e-9).all(), f"{case}: {apart} of {size} apart"
 
 
 CASES = [
