@@ -201,14 +201,14 @@ def _calls(model: torch.nn.Module, ids: Tensor) -> dict[int, AttentionCall]:
 
 @pytest.mark.parametrize(
     ("candidate", "budget", "each"),
-    [("adaptive(950,0)", 0.99, 1.5), ("antidiagonal(900,0)", 0.99, 1.5), ("low_rank", 0.35, 2.7)],
+    [("adaptive(950,0)", 0.99, 1.5), ("antidiagonal(900,0)", 0.99, 1.5), ("low_rank", 0.4, 2.2)],
 )
 def test_a_search_on_1k_knows_about_what_thresholds_keep_of_4k(
     candidate: str, budget: float, each: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the layers of the retriever whose heads differ most.
 
-    Within 1.5 on average. Of low_rank's heads the worst is 2.6 off: its directions follow the whole
+    Within 1.5 on average. Of low_rank's heads the worst is 2.1 off: its directions follow the whole
     prompt, so that the same rows list more in a longer one, of which 1K tokens show little.
     """
     monkeypatch.setattr(offline, "cost_model", lambda *_: CostModel(None, SIZE, "pairs"))
