@@ -71,7 +71,6 @@ PLAIN_SIZES = {
         "segments",
         "span",
         "chunk_rows",
-        "slab_units",
         "num_heads",
         "num_slots",
         "num_q",

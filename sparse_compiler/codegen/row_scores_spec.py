@@ -10,7 +10,8 @@ from sparse_compiler.patterns.ranking import PEAK_WHOLE, PEAKS
 
 __all__ = ["MAX_LINE", "SLAB_UNIT", "RowScoresSpec"]
 
-#: The slab lies in tiles of so many rows and key blocks; no tile of blocks is larger.
+#: The slab of ``score`` lies in tiles of so many rows and key blocks; no tile of blocks is larger.
+#: Lines of scores are a multiple of so many.
 SLAB_UNIT = 64
 
 #: Key blocks of one row block that one program ranks.
@@ -63,17 +64,18 @@ class RowScoresSpec(KernelSpec):
         return SLAB_UNIT
 
     @property
-    def at_once(self) -> int:
-        """Key blocks of a program of ``normalise``."""
-        return 256 * 64 // self.rows
+    def tiles_at_once(self) -> int:
+        """Tiles of the sweep that a program of ``normalise`` takes."""
+        return max(1, 256 * 64 // (self.rows * self.sweep_blocks))
+
+    @property
+    def per_pad(self) -> int:
+        """Columns of a product with the groups of one key block."""
+        return max(16, self.per_block)
 
     @property
     def sweep_step(self) -> int:
         return self.rows
-
-    @property
-    def sweep_align(self) -> int:
-        return self.tile
 
     @property
     def launch_options(self) -> dict[str, int]:

@@ -18,7 +18,6 @@ __all__ = ["launch_sweep", "sweep_spec"]
 
 #: Jobs of a launch for each multiprocessor, so that the last ones do not keep the others waiting.
 _WAVES = 8
-_LONGEST = 32  # tiles of rows of one job; its keys are loaded once
 
 
 def sweep_spec(
@@ -67,37 +66,36 @@ def launch_sweep(
             products with keys are in units of log2.
         keys: [B, H, PER, key blocks, D] of that type, contiguous; H is Hq / ``spec.groups``.
         params, rows: int32, as ``score`` reads them.
-        slab: float16 [lines, rows, slab size].
-        tops, totals: float32 [lines, key tiles, rows].
-        sizes: the arguments of ``score`` by name.
+        slab: uint8 [lines, key tiles, rows, key blocks of a tile].
+        tops, totals: float32 [lines, key tiles, rows]; rows are a multiple of ``spec.rows``.
+        sizes: the arguments of ``score`` by name, and ``first_row``.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     lines, key_tiles, chunk_rows = tops.shape
-    first_row = sizes["first_tile"] * (chunk_rows // sizes["tiles"])
-    row_tiles = -(-min(chunk_rows, sizes["num_q"] - first_row) // spec.rows)
+    row_tiles = -(-min(chunk_rows, sizes["num_q"] - sizes["first_row"]) // spec.rows)
     processors = torch.cuda.get_device_properties(queries.device).multi_processor_count
     # Half of the tiles lie behind a causal mask.
     work = lines * key_tiles * row_tiles // (2 if spec.causal else 1)
-    span = max(1, min(_LONGEST, row_tiles, work // (_WAVES * processors)))
+    span = max(1, min(spec.longest, row_tiles, work // (_WAVES * processors)))
     segments = -(-row_tiles // span)
-    known = {**sizes, "first_row": first_row, "row_tiles": row_tiles}
-    known |= {"segments": segments, "span": span}
+    known = {**sizes, "row_tiles": row_tiles, "segments": segments, "span": span}
     module = load_kernels(cache, spec)
     flat = keys.view(-1, *keys.shape[-2:])
     tile = [spec.per_block, spec.tile, spec.head_dim]
     source: Any = TensorDescriptor(
         flat, list(flat.shape), list(flat.stride()), tile, module.WHOLE.value
     )
+    words = queries.view(torch.int32)
     module.sweep[(lines * key_tiles * segments,)](
-        queries,
+        words,
         source,
         params,
         rows,
         slab,
         tops,
         totals,
-        *queries.stride()[:3],
+        *words.stride()[:3],
         *(known[name] for name in PLAIN_SIZES[spec.template]),
         num_warps=spec.num_warps,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -33,14 +34,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Scratch:
-    """See the glossary of row_scores.py.jinja.
+    """See the glossaries of row_scores.py.jinja and sweep_hopper.py.jinja.
 
     Args:
-        scores: float16 [lines, row blocks, slab size], of one chunk.
-        slab: float16 [programs, rows, slab size], or [lines, rows, slab size] of a swept chunk, in
-            tiles of ``SLAB_UNIT`` x ``SLAB_UNIT``.
+        scores: float16 [lines, row blocks, line size], of one chunk.
+        slab: float16 [programs, rows, line size] in tiles of ``SLAB_UNIT`` x ``SLAB_UNIT``; of a swept
+            chunk uint8 [lines, key tiles, rows, key blocks of a tile].
         tops, totals: float32 [lines, key tiles, rows] of a swept chunk, else without elements.
-        programs: of ``score``, at most.
+        programs: of ``score`` without a sweep, at most.
+        unit: tiles of ``score`` that a sweep takes together, else 1.
     """
 
     scores: Tensor
@@ -49,15 +51,16 @@ class Scratch:
     totals: Tensor
     programs: int
     chunks: tuple[Chunk, ...]
+    unit: int
 
     def swept(self, chunk: Chunk, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Slab, tops and totals of a chunk whose tiles have so many rows."""
-        lines, length = chunk.lines, chunk.tiles * rows
-        slab, tops = self.slab.shape[2], self.tops.shape[1]
+        """Slab, tops and totals of a chunk whose tiles have so many rows; whole tiles of the sweep."""
+        shape = (chunk.lines, self.tops.shape[1], -(-chunk.tiles // self.unit) * self.unit * rows)
+        size, wide = math.prod(shape), self.slab.shape[-1]
         return (
-            self.slab.flatten()[: lines * length * slab].view(lines, length, slab),
-            self.tops.flatten()[: lines * length * tops].view(lines, tops, length),
-            self.totals.flatten()[: lines * length * tops].view(lines, tops, length),
+            self.slab.flatten()[: size * wide].view(*shape, wide),
+            self.tops.flatten()[:size].view(shape),
+            self.totals.flatten()[:size].view(shape),
         )
 
 
@@ -114,12 +117,12 @@ def scratch_for(
     """Scratch and launches for so many lines of ``num_q`` rows."""
     tiles = -(-num_q // spec.rows)
     # A tile of `score` may begin at the last key block.
-    slab_size = -(-(key_blocks + spec.tile - 1) // SLAB_UNIT) * SLAB_UNIT
+    line_size = -(-(key_blocks + spec.tile - 1) // SLAB_UNIT) * SLAB_UNIT
     key_tiles = -(-key_blocks // sweep.tile) if sweep is not None else 0
-    size = spec.rows // spec.block_q * slab_size * 2
+    size = spec.rows // spec.block_q * line_size * 2
     unit, least = 1, tiles
     if sweep is not None:
-        size += spec.rows * (2 * slab_size + 8 * key_tiles)
+        size += spec.rows * key_tiles * (sweep.tile + 8)
         unit, least = sweep.rows // spec.rows, _LEAST_ROWS // spec.rows
     room = min(_BYTES, _memory(device) // _MEMORY_SHARE)
     chunks = chunks_of(lines, tiles, size, unit, least, room)
@@ -129,14 +132,18 @@ def scratch_for(
     programs = min(most_lines * most_tiles, programs)
     half: dict[str, Any] = {"dtype": torch.float16, "device": device}
     parts = most_tiles * spec.rows // spec.block_q
-    rows = (most_lines, most_tiles * spec.rows)
-    held = rows if sweep is not None else (programs, spec.rows)
-    tops = torch.empty(rows[0], key_tiles, rows[1], dtype=torch.float32, device=device)
+    held = (most_lines, key_tiles, -(-most_tiles // unit) * unit * spec.rows)
+    if sweep is None:
+        slab = torch.empty(programs, spec.rows, line_size, **half)
+    else:
+        slab = torch.empty(*held, sweep.tile, dtype=torch.uint8, device=device)
+    tops = torch.empty(held, dtype=torch.float32, device=device)
     return Scratch(
-        scores=torch.empty(most_lines, parts, slab_size, **half),
-        slab=torch.empty(*held, slab_size, **half),
+        scores=torch.empty(most_lines, parts, line_size, **half),
+        slab=slab,
         tops=tops,
         totals=torch.empty_like(tops),
         programs=programs,
         chunks=chunks,
+        unit=unit,
     )

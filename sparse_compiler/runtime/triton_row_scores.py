@@ -124,13 +124,13 @@ def select_by_rows(
         )
     sweep = sweep_spec(spec, device, num_q, num_k)
     if sweep is not None:
-        spec = replace(spec, tile=sweep.sweep_align, sweep_blocks=sweep.tile)
+        spec = replace(spec, max_registers=0, num_stages=1, sweep_blocks=sweep.tile)
     scratch = scratch_for(spec, sweep, batch * num_slots, num_q, key_blocks, device)
     sizes = {
         "row_blocks": shape[2],
         "key_blocks": key_blocks,
         "key_tiles": scratch.tops.shape[1],
-        "slab_units": scratch.slab.shape[2] // SLAB_UNIT,
+        "slab_units": scratch.scores.shape[2] // SLAB_UNIT,
         "num_heads": heads,
         "num_slots": num_slots,
         "num_q": num_q,
@@ -173,27 +173,28 @@ def _launch_all(
             "tiles": chunk.tiles,
             "parts": parts,
             "chunk_rows": chunk.tiles * spec.rows,
+            "first_row": chunk.first_tile * spec.rows,
         }
-        plain = [sizes[name] for name in PLAIN_SIZES[spec.template]]
-        places = [scratch.slab, scratch.scores]
+        places, programs = [scratch.slab], min(scratch.programs, chunk.lines * chunk.tiles)
         if sweep is not None:
-            swept = scratch.swept(chunk, spec.rows)
-            launch_sweep(cache, sweep, queries, keys, params, rows, *swept, sizes)
-            places = [*swept]
+            places, programs = [*scratch.swept(chunk, spec.rows)], chunk.lines * chunk.tiles
+            sizes["chunk_rows"] = places[1].shape[2]
+            launch_sweep(cache, sweep, queries, keys, params, rows, *places, sizes)
+        plain = [sizes[name] for name in PLAIN_SIZES[spec.template]]
         launch(
             module.score,
-            min(scratch.programs, chunk.lines * chunk.tiles),
-            [queries, keys, params, rows, *of_groups, *places],
+            programs,
+            [queries, keys, params, rows, *of_groups, *places, scratch.scores],
             queries.stride()[:3],
             [vectors.scale * _LOG2E, *plain],
             **spec.launch_options,
         )
         if sweep is not None:
-            pieces = -(-scratch.slab.shape[2] // spec.at_once)
+            pieces = -(-known["key_tiles"] // spec.tiles_at_once)
             launch(
                 module.normalise,
                 chunk.lines * chunk.tiles * pieces,
-                [params, rows, *places[:2], scratch.scores],
+                [params, rows, *places, scratch.scores],
                 (),
                 plain,
                 num_warps=4,

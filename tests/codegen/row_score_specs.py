@@ -27,4 +27,4 @@ HALF = RowScoresSpec(
 EIGHT = replace(HALF, eight=True)
 SWEEP = SweepSpec(dtype="float16", head_dim=32, groups=1, heads=32, eight=True)
 #: Behind ``SWEEP``.
-SWEPT = replace(EIGHT, tile=SWEEP.sweep_align, sweep_blocks=SWEEP.tile)
+SWEPT = replace(EIGHT, max_registers=0, num_stages=1, sweep_blocks=SWEEP.tile)

@@ -25,11 +25,19 @@ from sparse_compiler.testing import parameters
 TOLERANCE = 0.03
 #: Scores of 16 bits have 11 digits; they are rounded when they are added up, and when they are kept.
 ROUNDING = 2**-10
+#: Behind a sweep: the best groups are known to a 32nd of log2, and sums of weights, whose powers are
+#: straight lines between those of two, to 6 in a hundred.
+MARKS = 0.09
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer; ``numbers``: threshold in millionths and most blocks, one pair for each KV head."""
+    """One layer.
+
+    Args:
+        numbers: threshold in millionths and most blocks, one pair for each KV head.
+        real: the row of ``rows`` of every batch entry; empty for all rows and keys.
+    """
 
     seed: int
     num_q: int
@@ -44,6 +52,7 @@ class Case:
     dim: int = 16
     numbers: tuple[tuple[int, int], ...] = ((20_000, 0),)
     padding: bool = False
+    real: tuple[int, ...] = ()
     broken: float = 0.0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -81,6 +90,8 @@ class Case:
         q, k = (t.to(self.dtype).to(self.device) for t in (q, k))
         mask = None if mask is None else mask.to(self.device)
         rows = default_rows(self.batch, self.num_q, self.num_k, self.offset, mask, k.device)
+        if self.real:
+            rows = torch.tensor([self.real] * self.batch, dtype=rows.dtype, device=k.device)
         group = registry.summary_group([self.pattern], self.block_k)
         none = torch.zeros(0, dtype=torch.int64, device=k.device)
         limits = Limits()
@@ -129,7 +140,7 @@ cases = st.builds(
 )
 
 
-def assert_agrees(case: Case, executor: Executor) -> None:
+def assert_agrees(case: Case, executor: Executor, blurred: float = TOLERANCE) -> None:
     """The executor's lists are those of the PyTorch path, but for scores at the very cut."""
     request, heads, pattern = case.request(), case.heads, case.pattern
     params = parameters(heads, causal=False).to(case.device)
@@ -146,7 +157,7 @@ def assert_agrees(case: Case, executor: Executor) -> None:
         asked = case_request(request, slot, head)
         scored = pattern.rule.operands(asked)
         scores = score_blocks(asked, 0, scored, pattern.rule.every)
-        tolerance = TOLERANCE + ROUNDING * _largest(scored, slot)
+        tolerance = blurred + ROUNDING * _largest(scored, slot)
         threshold = math.log(max(1, head.first) / 1e6)
         visible, own = request_relation(asked)
         always = (own | edge_blocks(asked)) & visible
