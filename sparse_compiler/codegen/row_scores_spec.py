@@ -66,7 +66,12 @@ class RowScoresSpec(KernelSpec):
     @property
     def tiles_at_once(self) -> int:
         """Tiles of the sweep that a program of ``normalise`` takes."""
-        return max(1, 256 * 64 // (self.rows * self.sweep_blocks))
+        return max(1, 512 * 64 // (self.rows * self.sweep_blocks))
+
+    @property
+    def normalise_options(self) -> dict[str, int]:
+        """Triton's options for ``normalise``."""
+        return {"num_warps": 8, "num_stages": 1}
 
     @property
     def per_pad(self) -> int:

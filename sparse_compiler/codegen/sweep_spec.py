@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from sparse_compiler.codegen.row_scores_spec import SLAB_UNIT
 from sparse_compiler.codegen.spec import KernelSpec, power_of_two
 
 __all__ = ["SweepSpec"]
@@ -53,6 +54,10 @@ class SweepSpec(KernelSpec):
     def tile(self) -> int:
         """Key blocks of a program: what fits in shared memory, and in registers."""
         return min(64, _KEYS // (self.width * self.per_block * self.head_dim))
+
+    @property
+    def slab_unit(self) -> int:
+        return SLAB_UNIT
 
     @property
     def at_once(self) -> int:

@@ -66,14 +66,14 @@ def launch_sweep(
             products with keys are in units of log2.
         keys: [B, H, PER, key blocks, D] of that type, contiguous; H is Hq / ``spec.groups``.
         params, rows: int32, as ``score`` reads them.
-        slab: uint8 [lines, key tiles, rows, key blocks of a tile].
-        tops, totals: float32 [lines, key tiles, rows]; rows are a multiple of ``spec.rows``.
+        slab: uint8 [lines, rows / 64, key tiles, 64, key blocks of a tile].
+        tops, totals: float32 [lines, rows / 64, key tiles, 64]; rows are a multiple of ``spec.rows``.
         sizes: the arguments of ``score`` by name, and ``first_row``.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    lines, key_tiles, chunk_rows = tops.shape
-    row_tiles = -(-min(chunk_rows, sizes["num_q"] - sizes["first_row"]) // spec.rows)
+    lines, units, key_tiles, unit = tops.shape
+    row_tiles = -(-min(units * unit, sizes["num_q"] - sizes["first_row"]) // spec.rows)
     processors = torch.cuda.get_device_properties(queries.device).multi_processor_count
     # Half of the tiles lie behind a causal mask.
     work = lines * key_tiles * row_tiles // (2 if spec.causal else 1)

@@ -39,8 +39,9 @@ class Scratch:
     Args:
         scores: float16 [lines, row blocks, line size], of one chunk.
         slab: float16 [programs, rows, line size] in tiles of ``SLAB_UNIT`` x ``SLAB_UNIT``; of a swept
-            chunk uint8 [lines, key tiles, rows, key blocks of a tile].
-        tops, totals: float32 [lines, key tiles, rows] of a swept chunk, else without elements.
+            chunk uint8 [lines, rows / 64, key tiles, 64, key blocks of a tile]: what a program of
+            ``normalise`` reads lies together.
+        tops, totals: float32 [lines, rows / 64, key tiles, 64] of a swept chunk, else without elements.
         programs: of ``score`` without a sweep, at most.
         unit: tiles of ``score`` that a sweep takes together, else 1.
     """
@@ -55,7 +56,8 @@ class Scratch:
 
     def swept(self, chunk: Chunk, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Slab, tops and totals of a chunk whose tiles have so many rows; whole tiles of the sweep."""
-        shape = (chunk.lines, self.tops.shape[1], -(-chunk.tiles // self.unit) * self.unit * rows)
+        rows = -(-chunk.tiles // self.unit) * self.unit * rows
+        shape = (chunk.lines, rows // SLAB_UNIT, self.tops.shape[2], SLAB_UNIT)
         size, wide = math.prod(shape), self.slab.shape[-1]
         return (
             self.slab.flatten()[: size * wide].view(*shape, wide),
@@ -132,7 +134,8 @@ def scratch_for(
     programs = min(most_lines * most_tiles, programs)
     half: dict[str, Any] = {"dtype": torch.float16, "device": device}
     parts = most_tiles * spec.rows // spec.block_q
-    held = (most_lines, key_tiles, -(-most_tiles // unit) * unit * spec.rows)
+    units = -(-most_tiles // unit) * unit * spec.rows // SLAB_UNIT
+    held = (most_lines, units, key_tiles, SLAB_UNIT)
     if sweep is None:
         slab = torch.empty(programs, spec.rows, line_size, **half)
     else:

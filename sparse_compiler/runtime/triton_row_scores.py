@@ -129,7 +129,7 @@ def select_by_rows(
     sizes = {
         "row_blocks": shape[2],
         "key_blocks": key_blocks,
-        "key_tiles": scratch.tops.shape[1],
+        "key_tiles": scratch.tops.shape[2] if sweep is not None else 0,
         "slab_units": scratch.scores.shape[2] // SLAB_UNIT,
         "num_heads": heads,
         "num_slots": num_slots,
@@ -178,7 +178,7 @@ def _launch_all(
         places, programs = [scratch.slab], min(scratch.programs, chunk.lines * chunk.tiles)
         if sweep is not None:
             places, programs = [*scratch.swept(chunk, spec.rows)], chunk.lines * chunk.tiles
-            sizes["chunk_rows"] = places[1].shape[2]
+            sizes["chunk_rows"] = places[1].shape[1] * SLAB_UNIT
             launch_sweep(cache, sweep, queries, keys, params, rows, *places, sizes)
         plain = [sizes[name] for name in PLAIN_SIZES[spec.template]]
         launch(
@@ -197,8 +197,7 @@ def _launch_all(
                 [params, rows, *places, scratch.scores],
                 (),
                 plain,
-                num_warps=4,
-                num_stages=1,
+                **spec.normalise_options,
             )
         launch(
             module.choose,

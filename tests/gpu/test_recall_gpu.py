@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
-from recall_cases import RULE, assert_keeps_share, recall_cases
-from row_score_cases import Case, in_eight
+from recall_cases import RULE, TOLERANCE, assert_keeps_share, recall_cases
+from row_score_cases import MARKS, Case, in_eight
 
 from sparse_compiler.runtime import triton_row_scores, triton_sketch
 from sparse_compiler.runtime.registry import executor_for
@@ -46,4 +46,6 @@ def test_long_lists(dtype: torch.dtype, eight: bool, monkeypatch: pytest.MonkeyP
         name="low_rank_recall",
     )
     rule = replace(RULE, operands=in_eight) if eight else RULE
-    assert_keeps_share(case, executor_for("triton", "cuda"), rule)
+    # On Hopper a sweep goes before.
+    blurred = MARKS if torch.cuda.get_device_capability()[0] == 9 else TOLERANCE
+    assert_keeps_share(case, executor_for("triton", "cuda"), rule, blurred)

@@ -134,12 +134,16 @@ def test_whole_key_blocks_are_swept(case: Case, size: int, monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("pytorch_sketches")
 @pytest.mark.parametrize("eight", [False, True])
-@pytest.mark.parametrize("case", SWEPT_CASES, ids=lambda case: f"{case.name}-{case.seed}")
+@pytest.mark.parametrize(
+    "case", [c for c in SWEPT_CASES if c.left != 127], ids=lambda case: f"{case.name}-{case.seed}"
+)
 def test_the_sweep_does_what_it_is_defined_to(
     case: Case, eight: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the kernel is for Hopper")
+    if eight and case not in EIGHT_CASES:
+        pytest.skip("too few numbers for 8 bits")
     if eight:
         request.getfixturevalue("eight_bits")
     seen = []
@@ -149,13 +153,12 @@ def test_the_sweep_does_what_it_is_defined_to(
         launch_sweep(cache, spec, *arguments)
         got = slab, tops, totals
         want = tuple(torch.empty_like(tensor) for tensor in got)
-        at = places(slab.shape[3])
+        at, unit = places(slab.shape[4]), slab.shape[3]
         for line, place, part in sweep_by_definition(spec, *before, *want, sizes):
             tile, rows = part.start // len(at), place - sizes["first_row"]
-            rows = slice(rows, rows + min(spec.sweep_step, sizes["num_q"] - place))
-            marks, top, total = (
-                [t[line, tile, rows] for t in pair] for pair in zip(got, want, strict=True)
-            )
+            rows = torch.arange(rows, rows + min(spec.sweep_step, sizes["num_q"] - place))
+            of_rows = line, rows // unit, tile, rows % unit
+            marks, top, total = ([t[of_rows] for t in pair] for pair in zip(got, want, strict=True))
             here = at[part.start - tile * len(at) : part.stop - tile * len(at)]
             apart = [m[:, here.to(m.device)].int() for m in marks]
             # Products are added up in 16 bits.

@@ -33,14 +33,14 @@ def sweep_by_definition(
     slab.fill_(77)
     tops.fill_(float("nan"))
     totals.fill_(float("nan"))
-    lines, _, chunk_rows, wide = slab.shape
+    lines, units, _, unit, wide = slab.shape
     size, step = spec.block_k, spec.sweep_step
     place_of = places(wide).to(slab.device)
     for line in range(lines):
         b, slot = divmod(sizes["first_line"] + line, sizes["num_slots"])
         head = int((params[:, 4] == slot).nonzero()[0])
         q_start, q_rows, shift, kv_start, kv_keys = rows[b].tolist()
-        for row in range(0, chunk_rows, step):
+        for row in range(0, units * unit, step):
             place = sizes["first_row"] + row
             real = max(place, q_start)
             past = min(place + step, q_start + q_rows, sizes["num_q"])
@@ -64,12 +64,16 @@ def sweep_by_definition(
                 top = best.amax(-1)
                 marks = mark_of(best, top[:, None])
                 at = place_of[part.start - tile * wide : part.stop - tile * wide]
-                slab[line, tile, row : row + step, at] = marks.to(torch.uint8)
+                here = torch.arange(row, row + step, device=slab.device)
+                here = line, here // unit, tile, here % unit
+                slab[(*(t[:, None] if isinstance(t, Tensor) else t for t in here), at)] = (
+                    marks.byte()
+                )
                 sampled = scores[..., spec.every // 2 :: spec.every]
                 sampled = spec.every * weight_of(mark_of(sampled, top[:, None, None])).sum((1, 2))
-                tops[line, tile, row : row + step] = top
+                tops[here] = top
                 weight = (weight_of(marks).sum(-1) + sampled) / spec.weight_of_255
-                totals[line, tile, row : row + step] = weight
+                totals[here] = weight
     return swept
 
 
