@@ -65,13 +65,23 @@ class RowScoresSpec(KernelSpec):
 
     @property
     def tiles_at_once(self) -> int:
-        """Tiles of the sweep that a program of ``normalise`` takes."""
-        return max(1, 512 * 64 // (self.rows * self.sweep_blocks))
+        """Tiles of the sweep that a program of ``normalise``, one warp, takes: 16 blocks a thread."""
+        return max(1, 512 // self.sweep_blocks)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that a thread of ``normalise`` takes together; they divide ``block_q``."""
+        return 4
+
+    @property
+    def normalise_stages(self) -> int:
+        """Steps of ``normalise`` whose marks are on their way."""
+        return 3
 
     @property
     def normalise_options(self) -> dict[str, int]:
         """Triton's options for ``normalise``."""
-        return {"num_warps": 8, "num_stages": 1}
+        return {"num_warps": 1, "num_stages": 1}
 
     @property
     def per_pad(self) -> int:

@@ -62,7 +62,7 @@ class SketchSpec(KernelSpec):
         if function == "moments":
             warps = 8 if self.head_pad >= 128 else 4
             return {"num_warps": warps, "num_stages": self.num_stages}
-        warps = self.search_warps or (8 if self.head_pad >= 128 else 4)
+        warps = self.search_warps or (8 if self.head_pad > 128 else 4)
         return {"num_warps": warps, "num_stages": 2}
 
     @property

