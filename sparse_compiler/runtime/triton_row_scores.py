@@ -177,9 +177,10 @@ def _launch_all(
         }
         places, programs = [scratch.slab], min(scratch.programs, chunk.lines * chunk.tiles)
         if sweep is not None:
-            places, programs = [*scratch.swept(chunk, spec.rows)], chunk.lines * chunk.tiles
-            sizes["chunk_rows"] = places[1].shape[1] * SLAB_UNIT
-            launch_sweep(cache, sweep, queries, keys, params, rows, *places, sizes)
+            swept = scratch.swept(chunk, spec.rows)
+            places, programs = [*swept], chunk.lines * chunk.tiles
+            sizes["chunk_rows"] = swept[1].shape[1] * SLAB_UNIT
+            launch_sweep(cache, sweep, queries, keys, params, rows, *swept, sizes)
         plain = [sizes[name] for name in PLAIN_SIZES[spec.template]]
         launch(
             module.score,
