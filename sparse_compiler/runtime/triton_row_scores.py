@@ -18,7 +18,7 @@ from sparse_compiler.patterns.low_rank import sketches
 from sparse_compiler.patterns.summaries import visible_in_groups
 from sparse_compiler.runtime.hopper_sweep import launch_sweep, sweep_spec
 from sparse_compiler.runtime.kernel_cache import KernelCache, load_kernels
-from sparse_compiler.runtime.row_score_scratch import Scratch, scratch_for
+from sparse_compiler.runtime.row_score_scratch import Chunk, Scratch, scratch_for
 from sparse_compiler.runtime.triton_attend import float32_precision, rows_contiguous
 from sparse_compiler.runtime.triton_launch import Launcher
 from sparse_compiler.runtime.triton_probe import device_capability
@@ -163,18 +163,7 @@ def _launch_all(
     of_groups, of_blocks = _visible(request, vectors.group) if spec.key_mask else ([], [])
     rows, params = request.rows.contiguous(), params.contiguous()
     for chunk in scratch.chunks:
-        first_part = chunk.first_tile * spec.rows // spec.block_q
-        parts = min(chunk.tiles * spec.rows // spec.block_q, known["row_blocks"] - first_part)
-        sizes = {
-            **known,
-            "lines": chunk.lines,
-            "first_line": chunk.first_line,
-            "first_tile": chunk.first_tile,
-            "tiles": chunk.tiles,
-            "parts": parts,
-            "chunk_rows": chunk.tiles * spec.rows,
-            "first_row": chunk.first_tile * spec.rows,
-        }
+        sizes = _sizes_of(chunk, spec, known)
         places, programs = [scratch.slab], min(scratch.programs, chunk.lines * chunk.tiles)
         if sweep is not None:
             swept = scratch.swept(chunk, spec.rows)
@@ -202,13 +191,29 @@ def _launch_all(
             )
         launch(
             module.choose,
-            chunk.lines * parts,
+            chunk.lines * sizes["parts"],
             [scratch.scores, params, rows, vectors.broken, *of_blocks, *out],
             (),
             plain,
             num_warps=spec.choose_warps,
             num_stages=1,
         )
+
+
+def _sizes_of(chunk: Chunk, spec: RowScoresSpec, known: Mapping[str, int]) -> dict[str, int]:
+    """The kernels' sizes of one chunk."""
+    first_row = chunk.first_tile * spec.rows
+    parts = chunk.tiles * spec.rows // spec.block_q
+    return {
+        **known,
+        "lines": chunk.lines,
+        "first_line": chunk.first_line,
+        "first_tile": chunk.first_tile,
+        "first_row": first_row,
+        "tiles": chunk.tiles,
+        "parts": min(parts, known["row_blocks"] - first_row // spec.block_q),
+        "chunk_rows": chunk.tiles * spec.rows,
+    }
 
 
 def _vectors(
