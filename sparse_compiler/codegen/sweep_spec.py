@@ -14,7 +14,8 @@ __all__ = ["SweepSpec"]
 _KEYS = 128 * 1024
 _WARPS = 16
 _WIDEST = 256  # columns of one instruction
-#: What ``weights`` makes of a mark of 255, times by how much it exceeds powers of two on average.
+#: The power of two that a mark of 255 stands for among ``weights``, times by how much these exceed
+#: powers of two on average.
 _WEIGHT_OF_255 = 1.9922
 
 

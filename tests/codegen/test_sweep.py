@@ -48,6 +48,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "shared": {"eight": False, "head_dim": 16, "groups": 4},
     "small_blocks": {"block_k": 32, "per_block": 32},
     "large_blocks": {"block_k": 128, "per_block": 128},
+    "large_halves": {"block_k": 128, "per_block": 128, "eight": False},
 }
 
 
@@ -77,6 +78,7 @@ def test_keys_stay_and_nothing_spills(name: str, tmp_path: Path) -> None:
     # Bytes of a row that lie in one thread are stored together.
     stored = {64: "v4.b32", 32: "v2.b32", 16: "b32"}[spec.tile]
     assert f"st.global.{stored}" in report.assembly
+    assert "st.global.b8" not in report.assembly
     assert "ex2" not in report.assembly
 
 

@@ -57,8 +57,13 @@ SWEPT_CASES = [
         dtype=BF16,
         dim=64,
         name="low_rank",
-        real=(1100, 7000, 0, 1030, 7100),
+        batch=2,
+        real=((1100, 7000, 0, 1030, 7100), (0, 9000, 0, 0, 9000)),
         **COMMON,
+    ),
+    # All but one block are far below the best of their tile.
+    Case(
+        24, 9000, 9000, dtype=BF16, dim=64, numbers=((20, 0),), sink=60.0, name="low_rank", **COMMON
     ),
     # More blocks are wanted than a list may hold.
     Case(22, 9000, 9000, dtype=BF16, dim=64, numbers=((1, 0),), name="low_rank", **COMMON),
@@ -146,10 +151,16 @@ def test_the_sweep_does_what_it_is_defined_to(
         pytest.skip("too few numbers for 8 bits")
     if eight:
         request.getfixturevalue("eight_bits")
+    else:
+        monkeypatch.setattr(row_score_scratch, "_BYTES", 1 << 24)
+        monkeypatch.setattr(row_score_scratch, "_LEAST_ROWS", 1024)
     seen = []
 
     def launched(cache: Any, spec: Any, *arguments: Any) -> None:
         *before, slab, tops, totals, sizes = arguments
+        slab.fill_(255)
+        tops.fill_(float("nan"))
+        totals.fill_(float("nan"))
         launch_sweep(cache, spec, *arguments)
         got = slab, tops, totals
         want = tuple(torch.empty_like(tensor) for tensor in got)

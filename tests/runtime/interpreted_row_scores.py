@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from recall_cases import assert_keeps_share  # noqa: E402
 from row_score_cases import MARKS, Case, assert_agrees, cases, use_eight_bits  # noqa: E402
 from sweep_definition import sweep_by_definition  # noqa: E402
 
@@ -112,7 +113,17 @@ SWEPT_CASES = [
     Case(seed=2, num_q=400, num_k=400, batch=2, dim=16, groups=2, block_q=64),
     Case(seed=3, num_q=200, num_k=900, offset=700, left=640, dim=16, groups=1),
     Case(seed=4, num_q=130, num_k=520, right=-1, dim=16, groups=1, numbers=((200_000, 2),)),
-    Case(seed=6, num_q=300, num_k=600, offset=300, dim=16, groups=1, real=(70, 210, 300, 37, 520)),
+    Case(
+        *(6, 300, 600, 300),
+        dim=16,
+        groups=1,
+        batch=2,
+        real=((70, 210, 300, 37, 520), (0, 300, 300, 0, 600)),
+    ),
+    # Blocks that a mask cuts hold most of the mass.
+    Case(seed=9, num_q=128, num_k=1200, offset=1072, left=96, dim=16, groups=1),
+    # All but one block are far below the best of their tile.
+    Case(seed=7, num_q=300, num_k=600, offset=300, dim=16, groups=1, numbers=((20, 0),), sink=40.0),
     Case(seed=5, num_q=300, num_k=600, offset=300, **OF_EACH_HEAD),
 ]
 
@@ -130,6 +141,16 @@ def what_was_swept_before_counts() -> None:
             assert SWEPT, case
             # The last rows see most.
             assert max(place for _, place, _ in SWEPT) + 64 >= case.num_q, case
+
+
+def shares_are_kept_behind_a_sweep() -> None:
+    """Marks that are no numbers add nothing up, and stay where all shall."""
+    for share in (1000, 950):
+        case = replace(SWEPT_CASES[-2], name="low_rank_recall", numbers=((share, 600),))
+        for sink in (0.0, 40.0):
+            SWEPT.clear()
+            assert_keeps_share(replace(case, sink=sink), EXECUTOR, blurred=MARKS)
+            assert SWEPT
 
 
 def eight_bits_are_read() -> None:
@@ -160,3 +181,4 @@ if __name__ == "__main__":
     the_lists_agree()
     eight_bits_are_read()
     what_was_swept_before_counts()
+    shares_are_kept_behind_a_sweep()

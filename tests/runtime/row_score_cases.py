@@ -25,8 +25,8 @@ from sparse_compiler.testing import parameters
 TOLERANCE = 0.03
 #: Scores of 16 bits have 11 digits; they are rounded when they are added up, and when they are kept.
 ROUNDING = 2**-10
-#: Behind a sweep: the best groups are known to a 32nd of log2, and sums of weights, whose powers are
-#: straight lines between those of two, to 6 in a hundred.
+#: Behind a sweep: the best groups are known to a 32nd of log2, and sums of weights, which are straight
+#: lines between powers of two, to some 6 in a hundred.
 MARKS = 0.09
 
 
@@ -36,7 +36,8 @@ class Case:
 
     Args:
         numbers: threshold in millionths and most blocks, one pair for each KV head.
-        real: the row of ``rows`` of every batch entry; empty for all rows and keys.
+        real: the lines of ``rows``, one for each batch entry; empty for all rows and keys.
+        sink: size of a key that every row looks at; 0 for none.
     """
 
     seed: int
@@ -52,7 +53,8 @@ class Case:
     dim: int = 16
     numbers: tuple[tuple[int, int], ...] = ((20_000, 0),)
     padding: bool = False
-    real: tuple[int, ...] = ()
+    real: tuple[tuple[int, ...], ...] = ()
+    sink: float = 0.0
     broken: float = 0.0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -81,6 +83,9 @@ class Case:
         for _ in range(4):
             row, key = (int(torch.randint(n, (), generator=draw)) for n in (self.num_q, self.num_k))
             q[:, :, row] = 4 * k.repeat_interleave(self.groups, 1)[:, :, key]
+        if self.sink:
+            k[:, :, 5] = self.sink * self.dim**-0.5
+            q = q + 3 * self.dim**-0.5
         mask = None
         if self.padding:
             mask = torch.rand(self.batch, self.num_k, generator=draw) > 0.1
@@ -91,7 +96,7 @@ class Case:
         mask = None if mask is None else mask.to(self.device)
         rows = default_rows(self.batch, self.num_q, self.num_k, self.offset, mask, k.device)
         if self.real:
-            rows = torch.tensor([self.real] * self.batch, dtype=rows.dtype, device=k.device)
+            rows = torch.tensor(self.real, dtype=rows.dtype, device=k.device)
         group = registry.summary_group([self.pattern], self.block_k)
         none = torch.zeros(0, dtype=torch.int64, device=k.device)
         limits = Limits()

@@ -187,6 +187,7 @@ def assert_agrees(case: Case, sketch: Sketch, *, eight: bool = False) -> None:
     if case.decay <= 0.05:
         # Where float32 knows all directions: with steeper ones the last are lost in rounding.
         apart = error(got, without_rounding(request), request)
+        # .0031 on an H200 for bfloat16 channels that differ a thousandfold.
         assert (apart <= 0.005 * size + 1e-9).all(), f"{case}: {apart} of {size} apart"
 
 

@@ -89,7 +89,7 @@ def _compiled(spec: SketchSpec, function: str, target: str, folder: Path) -> Rep
 def test_compiles_for(function: str, target: str, tmp_path: Path) -> None:
     report = _compiled(_shipped(target), function, target, tmp_path)
     assert report.shared <= SHARED_LIMIT[target]
-    # With 4 warps `directions` of 128 numbers spill a little; 8, which do not, took 1.6 times as long.
+    # Of 128 numbers, 4 warps of `directions` spill; 8, which do not, took 1.6 times as long on an H200.
     assert report.spills <= (1536 if function == "directions" else 0)
     matrix = {
         "sm_80": "mma.sync",
