@@ -120,10 +120,10 @@ SWEPT_CASES = [
         batch=2,
         real=((70, 210, 300, 37, 520), (0, 300, 300, 0, 600)),
     ),
-    # Blocks that a mask cuts hold most of the mass.
-    Case(seed=9, num_q=128, num_k=1200, offset=1072, left=96, dim=16, groups=1),
+    # A block that the first key cuts holds most of the mass.
+    Case(9, 300, 600, 300, dim=16, groups=1, sink=6.0, real=((0, 300, 300, 3, 597),)),
     # All but one block are far below the best of their tile.
-    Case(seed=7, num_q=300, num_k=600, offset=300, dim=16, groups=1, numbers=((20, 0),), sink=40.0),
+    Case(7, 300, 600, 300, dim=16, groups=1, sink=120.0, numbers=((1, 0),)),
     Case(seed=5, num_q=300, num_k=600, offset=300, **OF_EACH_HEAD),
 ]
 
