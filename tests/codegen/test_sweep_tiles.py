@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from row_score_specs import SWEEP
@@ -29,18 +30,43 @@ class Flag(int):
         return int(self)
 
 
+class Lanes(np.ndarray):
+    """Numbers, or truth values, of neighbouring lanes."""
+
+    def to(self, kind: object) -> Any:
+        return self.astype(int)
+
+
+def flag(found: Any) -> Any:
+    return found if isinstance(found, Lanes) else Flag(found)
+
+
+def where(test: Any, yes: Any, no: Any) -> Any:
+    if isinstance(test, Lanes):
+        return np.where(test, yes, no).view(Lanes)
+    return yes if test else no
+
+
+def largest(a: Any, b: Any) -> Any:
+    return np.maximum(a, b) if isinstance(a, Lanes) or isinstance(b, Lanes) else max(a, b)
+
+
+def smallest(a: Any, b: Any) -> Any:
+    return np.minimum(a, b) if isinstance(a, Lanes) or isinstance(b, Lanes) else min(a, b)
+
+
 def _flags(tree: ast.Module) -> ast.Module:
     """Comparisons give flags."""
 
     class Wrap(ast.NodeTransformer):
         def visit_Compare(self, node: ast.Compare) -> ast.AST:
             self.generic_visit(node)
-            return ast.Call(ast.Name("Flag", ast.Load()), [node], [])
+            return ast.Call(ast.Name("flag", ast.Load()), [node], [])
 
         def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
             self.generic_visit(node)
             if isinstance(node.op, ast.BitAnd):
-                return ast.Call(ast.Name("Flag", ast.Load()), [node], [])
+                return ast.Call(ast.Name("flag", ast.Load()), [node], [])
             return node
 
     return ast.fix_missing_locations(Wrap().visit(tree))
@@ -55,15 +81,21 @@ def functions(spec: SweepSpec) -> dict[str, Any]:
         assert isinstance(function, ast.FunctionDef)
         function.decorator_list = []
     gl = SimpleNamespace(
-        maximum=max,
-        minimum=min,
-        where=lambda test, yes, no: yes if test else no,
+        maximum=largest,
+        minimum=smallest,
+        where=where,
+        arange=lambda first, past, layout: np.arange(first, past).view(Lanes),
+        max=lambda lanes, axis: int(lanes.max()),
+        min=lambda lanes, axis: int(lanes.min()),
+        sum=lambda lanes, axis: int(lanes.sum()),
         static_range=range,
         int32=int,
     )
     names: dict[str, Any] = {
         "gl": gl,
-        "Flag": Flag,
+        "flag": flag,
+        "LANES": None,
+        "LONGEST": spec.longest,
         "R": spec.rows,
         "T": spec.tile,
         "STEP": spec.sweep_step,
@@ -120,13 +152,12 @@ def test_every_block_that_rows_see_whole_is_taken_once(
         i = row // spec.rows
         for tile in range(begin // spec.tile, -(-end // spec.tile) if end > begin else 0):
             assert (i, tile) in taken
-        # What it says they see, they see, first row and last.
-        if end > begin:
-            assert q_start <= row and row + spec.sweep_step <= q_end
-            low = max(0, padding[1], row + spec.sweep_step - 1 + offset - left if left >= 0 else 0)
-            high = min(num_k, row + offset + right + 1 if right >= 0 else num_k)
-            assert low <= begin * block_k
-            assert end * block_k <= high
+        # Exactly the blocks that the first and the last of them that is no padding see whole.
+        real, past = max(row, q_start), min(row + spec.sweep_step, q_end)
+        low = max(0, padding[1], past - 1 + offset - left if left >= 0 else 0)
+        high = max(0, min(num_k, real + offset + right + 1 if right >= 0 else num_k))
+        whole_blocks = range(-(-low // block_k), high // block_k) if real < past else range(0)
+        assert range(begin, end) == whole_blocks or (end <= begin and not whole_blocks)
     for (i, tile), how in taken.items():
         if how == "whole":
             for row in range(i * spec.rows, (i + 1) * spec.rows, spec.sweep_step):
